@@ -1,0 +1,126 @@
+"""Small models, tokenizers and data that the tests share. Everything is made here, offline."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+torch.set_num_threads(1)
+
+WORDS = ["the", "plot", "was", "dull", "good", "bad", "a", "b", "c", "d", ".", ","]
+
+
+def make_tokenizer(**special):
+    """One token per word; [PAD] is 0 and [EOS] is 1 unless special says otherwise."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {word: i for i, word in enumerate(["[PAD]", "[EOS]", "[END]", "[UNK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "[PAD]", "eos_token": "[EOS]"} | special
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def make_config(family, **changes):
+    """A model of about 10,000 parameters; dropout is on wherever the family knows it."""
+    import transformers
+
+    sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "max_position_embeddings": 64, "attention_dropout": 0.1,
+             "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.5}
+    gpt2 = {"vocab_size": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64,
+            "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.5}
+    grouped = {"num_key_value_heads": 1, "head_dim": 8}
+    configs = {
+        "GPT2": (transformers.GPT2Config, gpt2),
+        "GPTNeoX": (transformers.GPTNeoXConfig, sizes | {"hidden_dropout": 0.1}),
+        "Llama": (transformers.LlamaConfig, sizes | {"num_key_value_heads": 1}),
+        "Qwen2": (transformers.Qwen2Config, sizes | {"num_key_value_heads": 1}),
+        "Qwen3": (transformers.Qwen3Config, sizes | grouped),
+        "Gemma": (transformers.GemmaConfig, sizes | grouped),
+        "Gemma2": (transformers.Gemma2Config, sizes | grouped | {"final_logit_softcapping": 3.0}),
+    }
+    kind, settings = configs[family]
+    return kind(**(settings | changes))
+
+
+def make_lm(family="Llama", seed=0, **changes):
+    """A random language model."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(make_config(family, **changes)).eval()
+
+
+def make_reward_model(family="Llama", seed=0, **changes):
+    """A random sequence classifier with one output."""
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(seed)
+    config = make_config(family, **({"num_labels": 1} | changes))
+    return AutoModelForSequenceClassification.from_config(config).eval()
+
+
+def save(folder, model, tokenizer):
+    """Write model and tokenizer the way users have them on disk. Returns: the folder's name."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A place for models and data that tests only read."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="session")
+def policy_folder(folder):
+    """A GPT-2 on disk, with dropout and a generation config that PPO must ignore."""
+    model = make_lm("GPT2")
+    model.generation_config.update(do_sample=True, top_p=0.3, repetition_penalty=2.0)
+    return save(folder / "policy", model, make_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def pairs_file(folder):
+    """32 comparisons of short texts with ragged prompts."""
+    path = folder / "pairs.jsonl"
+    rows = [{"prompt": " ".join((WORDS * 2)[i % 9 : i % 9 + 1 + i % 4]), "chosen": "the plot was good .",
+             "rejected": "bad bad bad"} for i in range(32)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def tiny_args(tmp_path, policy_folder, pairs_file):
+    """Args of a run that takes a second; tests replace what they are about."""
+    from ppo_rlhf import Args
+
+    return Args(
+        dataset=pairs_file, policy_model=policy_folder, output_dir=str(tmp_path), run_name="run",
+        total_episodes=16, batch_size=8, minibatch_size=4, update_epochs=2, response_len=6,
+        max_prompt_len=4, eval_prompts=4, learning_rate=1e-2, sft_learning_rate=1e-3,
+        reward_learning_rate=1e-3, log_samples_interval=1, device="cpu",
+    )
+
+
+def read_metrics(args):
+    """metrics.jsonl of a run, without what the clock and the machine decide."""
+    lines = open(f"{args.output_dir}/{args.run_name}/metrics.jsonl").read().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if "perf" not in k and k != "wall_time"}
+            for line in lines]
+
+
+def run(args, **changes):
+    """Run the pipeline. Returns: its metrics, one dict per iteration."""
+    from ppo_rlhf import main
+
+    args = replace(args, **changes)
+    main(args)
+    return read_metrics(args)

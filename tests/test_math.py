@@ -1,0 +1,333 @@
+"""Claim: every formula of ppo_rlhf.py is the one in its docstring.
+
+Reference: arithmetic in the comments, autograd, exact expectations over a tiny vocabulary.
+Run: python -m pytest tests/test_math.py (3 seconds)
+"""
+
+import math
+
+import pytest
+import torch
+
+from ppo_rlhf import (
+    adaptive_kl_coef,
+    entropy,
+    explained_variance,
+    gae,
+    kl_penalty,
+    logprobs_from_logits,
+    masked_mean,
+    masked_whiten,
+    policy_loss,
+    token_rewards,
+    value_loss,
+)
+
+NAN = float("nan")
+
+
+def row(*numbers):
+    """A batch of one response."""
+    return torch.tensor([numbers], dtype=torch.float32)
+
+
+def mask(*ones):
+    """Its response_mask."""
+    return torch.tensor([ones], dtype=torch.bool)
+
+
+def close(actual, expected, tolerance=1e-6):
+    """Whether tensors or numbers agree."""
+    return torch.allclose(torch.as_tensor(actual), torch.as_tensor(expected), atol=tolerance)
+
+
+# masked_mean, masked_whiten ----------------------------------------------------------------------
+
+
+def test_masked_mean_counts_only_real_tokens():
+    assert masked_mean(row(1, 3, 100), mask(1, 1, 0)) == 2.0
+
+
+def test_masked_mean_is_blind_to_nan_under_the_mask():
+    assert masked_mean(row(1, 3, NAN), mask(1, 1, 0)) == 2.0  # 0 * NaN would be NaN
+
+
+def test_masked_mean_refuses_to_average_nothing():
+    with pytest.raises(ValueError, match="selects nothing"):
+        masked_mean(row(1, 2), mask(0, 0))
+
+
+def test_masked_mean_refuses_silent_broadcasting():
+    with pytest.raises(ValueError, match="shapes differ"):
+        masked_mean(torch.ones(3, 1), torch.ones(3, 3, dtype=torch.bool))
+
+
+def test_whitened_tokens_have_mean_zero_and_std_one_over_real_tokens():
+    # (1, 3): mean 2, biased std 1 -> (-1, 1); padding becomes 0.
+    assert close(masked_whiten(row(1, 3, 100), mask(1, 1, 0)), row(-1, 1, 0), 1e-4)
+
+
+def test_whitening_without_shift_keeps_the_mean():
+    # (2, 6): mean 4, std 2 -> (2 - 4) / 2 + 4 = 3 and (6 - 4) / 2 + 4 = 5.
+    assert close(masked_whiten(row(2, 6), mask(1, 1), shift_mean=False), row(3, 5), 1e-4)
+
+
+def test_whitening_a_single_token_is_finite():
+    assert masked_whiten(row(7), mask(1)).item() == 0.0
+
+
+# logprobs_from_logits, entropy -------------------------------------------------------------------
+
+
+def test_logprob_of_a_quarter_is_minus_log_four():
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25]]))
+    assert close(logprobs_from_logits(logits, torch.tensor([1])), [-math.log(4)])
+
+
+def test_logprobs_equal_log_softmax_gathered():
+    logits, ids = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+    expected = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    assert close(logprobs_from_logits(logits, ids), expected)
+
+
+def test_entropy_of_a_uniform_choice_of_four_is_log_four():
+    assert close(entropy(torch.zeros(1, 4)), [math.log(4)])
+
+
+def test_entropy_is_that_of_the_distribution_not_of_the_sampled_token():
+    logits = torch.log(torch.tensor([0.9, 0.1]))
+    exact = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1))  # 0.325
+    assert close(entropy(logits), exact)
+    assert not close(-logprobs_from_logits(logits, torch.tensor(0)), exact, 0.1)  # 0.105
+
+
+def test_entropy_ignores_a_banned_token():
+    lowest = torch.finfo(torch.float32).min
+    assert close(entropy(torch.tensor([0.0, 0.0, lowest])), math.log(2))
+
+
+# kl_penalty --------------------------------------------------------------------------------------
+
+P, Q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])  # policy, reference
+EXACT_KL = (P * (P / Q).log()).sum()
+
+
+def test_k1_k2_k3_by_hand():
+    # d = log(1/2) - log(1/4) = log 2: k1 = 0.693, k2 = 0.240, k3 = 1/2 - 1 + 0.693 = 0.193.
+    logprobs, ref_logprobs = row(math.log(0.5)), row(math.log(0.25))
+    values = [kl_penalty(logprobs, ref_logprobs, k).item() for k in ("k1", "k2", "k3")]
+    assert close(values, [0.693147, 0.240227, 0.193147])
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_k1_and_k3_average_to_the_exact_kl(estimator):
+    assert close((P * kl_penalty(P.log(), Q.log(), estimator)).sum(), EXACT_KL)
+
+
+def test_k2_is_biased():
+    assert not close((P * kl_penalty(P.log(), Q.log(), "k2")).sum(), EXACT_KL, 0.005)
+
+
+def test_k3_is_never_negative_and_k1_can_be():
+    assert (kl_penalty(P.log(), Q.log(), "k3") >= 0).all()
+    assert (kl_penalty(P.log(), Q.log(), "k1") < 0).any()
+
+
+def kl_gradients(estimator):
+    """Exact gradient of KL, and the expected gradient of the estimator as reward and as loss."""
+    logits = P.log().clone().requires_grad_()
+    logprobs = logits.log_softmax(-1)
+    penalty = kl_penalty(logprobs, Q.log(), estimator)
+    exact = torch.autograd.grad((logprobs.exp() * (logprobs - Q.log())).sum(), logits,
+                                retain_graph=True)[0]
+    as_reward = torch.autograd.grad((P * penalty.detach() * logprobs).sum(), logits,
+                                    retain_graph=True)[0]
+    return exact, as_reward, torch.autograd.grad((P * penalty).sum(), logits)[0]
+
+
+def test_k1_in_the_reward_has_the_gradient_of_the_kl():
+    exact, as_reward, _ = kl_gradients("k1")
+    assert close(as_reward, exact)
+
+
+def test_k1_in_the_loss_has_no_gradient_at_all():
+    assert close(kl_gradients("k1")[2], torch.zeros(3))
+
+
+def test_k2_in_the_loss_has_the_gradient_of_the_kl_and_k3_another():
+    exact, _, k2 = kl_gradients("k2")
+    assert close(k2, exact)
+    assert not close(kl_gradients("k3")[2], exact, 0.01)
+
+
+def test_an_unknown_estimator_is_an_error():
+    with pytest.raises(ValueError, match="k4"):
+        kl_penalty(row(0), row(0), "k4")
+
+
+# token_rewards -----------------------------------------------------------------------------------
+
+
+def test_the_score_lands_on_the_last_real_token():
+    scores, kl = torch.tensor([5.0]), row(1, 1, 1)
+    assert close(token_rewards(scores, kl, mask(1, 1, 0), 0.1), row(-0.1, 4.9, 0))
+
+
+def test_each_row_has_its_own_last_token():
+    response_mask = torch.tensor([[1, 0, 0], [1, 1, 1]], dtype=torch.bool)
+    rewards = token_rewards(torch.tensor([1.0, 2.0]), torch.zeros(2, 3), response_mask, 0.1)
+    assert close(rewards, [[1.0, 0, 0], [0, 0, 2.0]])
+
+
+def test_rewards_sum_to_score_minus_kl_coef_times_kl():
+    scores, kl = torch.randn(4), torch.randn(4, 6)
+    rewards = token_rewards(scores, kl, torch.ones(4, 6, dtype=torch.bool), 0.3)
+    assert close(rewards.sum(1), scores - 0.3 * kl.sum(1), 1e-5)
+
+
+def test_dense_scores_are_added_token_by_token():
+    rewards = token_rewards(row(1, 2, 9), row(1, 1, 1), mask(1, 1, 0), 0.5)
+    assert close(rewards, row(0.5, 1.5, 0))
+
+
+def test_a_score_of_zero_is_a_score():
+    assert close(token_rewards(torch.tensor([0.0]), row(0, 0), mask(1, 1), 0.0), row(0, 0))
+
+
+# gae ---------------------------------------------------------------------------------------------
+
+
+def test_gae_of_three_tokens_by_hand():
+    # gamma 1, lambda 1/2.  A2 = 1 - 0.5 = 0.5;  A1 = 0 + 0.5 - 0.2 + 0.5 * 0.5 = 0.55;
+    # A0 = 0 + 0.2 - 0.1 + 0.5 * 0.55 = 0.375.  returns = A + V.
+    advantages, returns = gae(row(0, 0, 1), row(0.1, 0.2, 0.5), mask(1, 1, 1), 1.0, 0.5)
+    assert close(advantages, row(0.375, 0.55, 0.5))
+    assert close(returns, row(0.475, 0.75, 1.0))
+
+
+def test_values_in_the_padding_do_not_bootstrap_into_real_tokens():
+    # Without the mask the same numbers give 5.7 and 6.0 for the second value.
+    advantages, _ = gae(row(0, 1, 0), row(0, 0, 100), mask(1, 1, 0), 1.0, 0.95)
+    assert close(advantages, row(0.95, 1.0, 0))
+
+
+@pytest.mark.parametrize("poison", [1e4, NAN])
+def test_gae_is_blind_to_the_padding(poison):
+    clean = gae(row(1, 2, 0), row(3, 4, 0), mask(1, 1, 0), 0.9, 0.8)
+    dirty = gae(row(1, 2, poison), row(3, 4, poison), mask(1, 1, 0), 0.9, 0.8)
+    assert all(torch.equal(x, y) for x, y in zip(clean, dirty, strict=True))
+
+
+def test_lambda_zero_is_the_td_error():
+    # delta = r + gamma * V_next - V: 1 + 0.5 * 4 - 3 = 0, and 2 - 4 = -2 at the end.
+    assert close(gae(row(1, 2), row(3, 4), mask(1, 1), 0.5, 0.0)[0], row(0, -2))
+
+
+def test_lambda_one_is_the_return_minus_the_value():
+    # Rewards to come, gamma 1: 6, 5, 3.
+    advantages, returns = gae(row(1, 2, 3), row(9, 8, 7), mask(1, 1, 1), 1.0, 1.0)
+    assert close(returns, row(6, 5, 3))
+    assert close(advantages, row(6 - 9, 5 - 8, 3 - 7))
+
+
+def test_without_critic_and_discount_every_token_gets_the_score():
+    rewards = token_rewards(torch.tensor([2.0]), row(0, 0, 0), mask(1, 1, 0), 0.0)
+    assert close(gae(rewards, row(0, 0, 0), mask(1, 1, 0), 1.0, 1.0)[0], row(2, 2, 0))
+
+
+def test_score_minus_value_of_the_prompt_is_the_case_of_a_constant_critic():
+    rewards, values = row(0, 0, 2), row(0.5, 0.5, 0.5)
+    assert close(gae(rewards, values, mask(1, 1, 1), 1.0, 1.0)[0], row(1.5, 1.5, 1.5))
+
+
+def test_gae_equals_the_double_sum_of_its_definition():
+    rewards, values, gamma, lam = torch.randn(1, 5), torch.randn(1, 5), 0.9, 0.7
+    following = torch.cat([values[:, 1:], torch.zeros(1, 1)], dim=1)
+    deltas = (rewards + gamma * following - values)[0]
+    sums = [sum((gamma * lam) ** k * deltas[t + k] for k in range(5 - t)) for t in range(5)]
+    assert close(gae(rewards, values, torch.ones(1, 5, dtype=torch.bool), gamma, lam)[0][0], sums)
+
+
+# policy_loss -------------------------------------------------------------------------------------
+
+
+def test_at_ratio_one_the_loss_is_minus_the_mean_advantage():
+    loss, clipfrac = policy_loss(row(-1, -2), row(-1, -2), row(3, 5), mask(1, 1), 0.2)
+    assert close(loss, -4.0) and clipfrac == 0
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "objective", "cut"),
+    [(1.5, 1, 1.2, True), (0.5, 1, 0.5, False), (1.5, -1, -1.5, False), (0.5, -1, -0.8, True)],
+)
+def test_the_four_corners_of_clipping(ratio, advantage, objective, cut):
+    new_logprobs = row(math.log(ratio)).requires_grad_()
+    loss, clipfrac = policy_loss(new_logprobs, row(0), row(advantage), mask(1), 0.2)
+    loss.backward()
+    assert close(loss, -objective) and clipfrac == cut
+    assert (new_logprobs.grad.item() == 0) == cut
+
+
+def test_at_ratio_one_the_gradient_is_the_policy_gradient():
+    logprobs = row(-1, -2).requires_grad_()
+    policy_loss(logprobs, logprobs.detach(), row(3, 5), mask(1, 1), 0.2)[0].backward()
+    assert close(logprobs.grad, row(-1.5, -2.5))  # -A / number of tokens
+
+
+def test_a_huge_clip_coef_is_the_unclipped_surrogate():
+    loss, clipfrac = policy_loss(row(math.log(3)), row(0), row(1), mask(1), 100.0)
+    assert close(loss, -3.0) and clipfrac == 0
+
+
+# value_loss --------------------------------------------------------------------------------------
+
+
+def test_value_loss_is_half_the_squared_error():
+    loss, clipfrac = value_loss(row(1.1), row(1.0), row(3.0), mask(1), 0.2)
+    assert close(loss, 0.5 * 1.9**2) and clipfrac == 0
+
+
+def test_value_clipping_takes_the_larger_error():
+    # V moves from 0 to 1 with target 1: clipped to 0.2, error 0.8 instead of 0.
+    new_values = row(1.0).requires_grad_()
+    loss, clipfrac = value_loss(new_values, row(0.0), row(1.0), mask(1), 0.2)
+    loss.backward()
+    assert close(loss, 0.5 * 0.8**2) and clipfrac == 1 and new_values.grad.item() == 0
+
+
+@pytest.mark.parametrize("poison", [1e4, NAN])
+def test_losses_and_gradients_are_blind_to_the_padding(poison):
+    def run(junk):
+        new = row(0.1, -0.2, junk).requires_grad_()
+        loss = policy_loss(new, row(0, 0, junk), row(1, -1, junk), mask(1, 1, 0), 0.2)[0]
+        loss = loss + value_loss(new, row(0, 0, junk), row(1, 1, junk), mask(1, 1, 0), 0.2)[0]
+        loss.backward()
+        return torch.cat([loss[None], new.grad[0]])
+
+    assert torch.equal(run(poison), run(0.0))
+
+
+def test_losses_refuse_shapes_that_would_broadcast():
+    two = torch.ones(2, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="shapes differ"):
+        value_loss(torch.ones(2, 1), torch.ones(2, 2), torch.ones(2, 2), two, 0.2)
+
+
+# adaptive_kl_coef, explained_variance ------------------------------------------------------------
+
+
+def test_the_kl_coefficient_rises_when_kl_is_above_target():
+    # KL 7 for 6: error 1/6, so 0.1 * (1 + 1/6 * 100 / 1000).
+    assert close(adaptive_kl_coef(0.1, 7.0, 6.0, 100, 1000), 0.1 * (1 + 1 / 60))
+
+
+def test_the_error_of_the_kl_controller_is_cut_at_a_fifth():
+    assert close(adaptive_kl_coef(0.1, 60.0, 6.0, 100, 1000), 0.1 * 1.02)
+    assert close(adaptive_kl_coef(0.1, 0.0, 6.0, 100, 1000), 0.1 * 0.98)
+
+
+def test_explained_variance_of_a_perfect_a_constant_and_a_bad_critic():
+    returns, ones = row(1, 2, 3, NAN), mask(1, 1, 1, 0)
+    assert close(explained_variance(returns, returns, ones), 1.0)
+    assert close(explained_variance(returns, row(5, 5, 5, NAN), ones), 0.0)
+    assert close(explained_variance(returns, row(3, 2, 1, NAN), ones), -3.0)
