@@ -1686,9 +1686,10 @@ def make_optimizer(actor_critic: ActorCritic, args: Args) -> torch.optim.Optimiz
     """Adam with one group for the policy and one for what belongs to the critic alone."""
     critic = [x for name, x in actor_critic.named_parameters() if not name.startswith("policy.")]
     policy = list(actor_critic.policy.parameters())
-    groups = [{"params": policy, "peak": args.learning_rate},
-              {"params": critic, "peak": args.critic_learning_rate}]
-    return torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-5)  # [37 details, core #3]
+    groups = [{"params": policy, "lr": args.learning_rate, "peak": args.learning_rate},
+              {"params": critic, "lr": args.critic_learning_rate,
+               "peak": args.critic_learning_rate}]
+    return torch.optim.Adam(groups, eps=1e-5)  # [37 details, core #3]
 
 
 def main(args: Args) -> None:

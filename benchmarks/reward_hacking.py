@@ -1,0 +1,124 @@
+"""The README's plot: proxy, gold, KL and grammatical over episodes, for three values of kl_coef.
+
+    pip install -r requirements.txt -r benchmarks/requirements.txt
+    python benchmarks/reward_hacking.py            # runs what is missing, then plots
+    python benchmarks/reward_hacking.py --plot     # plots from the committed results
+
+Nine runs of `python ppo_rlhf.py` (3 values of kl_coef, 3 seeds), two at a time, about 10 minutes on
+2 cores. Each finished run is written to results/reward_hacking.json at once, so an interrupted
+benchmark continues where it stopped.
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "reward_hacking.json"
+PICTURE = HERE / "results" / "reward_hacking.png"
+KL_COEFS, SEEDS = [0.0, 0.05, 0.2], [1, 2, 3]
+CURVES = {
+    "rollout/score_mean": "proxy: reward-model score, minus the SFT policy's",
+    "rollout/gold_mean": "gold reward (never trained on)",
+    "rollout/kl": "KL to the reference (nats per response)",
+    "rollout/grammatical": "grammatical (share of responses)",
+}
+
+
+def hardware():
+    """What the figures were measured on."""
+    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo")
+                  if "model name" in line), platform.machine())
+    packages = ("torch", "transformers", "tokenizers", "numpy")
+    return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(),
+            "date": time.strftime("%Y-%m-%d")} | {name: version(name) for name in packages}
+
+
+def one_run(kl_coef, seed):
+    """Run ppo_rlhf.py once in a folder of its own. Returns: curves and what the console told."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(HERE.parent / "ppo_rlhf.py"), "--kl-coef", str(kl_coef),
+                   "--seed", str(seed), "--output-dir", folder, "--run-name", "run"]
+        start = time.time()
+        process = subprocess.run(command, capture_output=True, text=True, check=True,
+                                 env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+        metrics = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")]
+    return {
+        "kl_coef": kl_coef, "seed": seed, "seconds": round(time.time() - start),
+        "reward_model_accuracy": float(re.search(r"accuracy ([\d.]+)", process.stdout)[1]),
+        "table": process.stdout[process.stdout.index("evaluation prompts") - 4 :],
+        "worst_ratio_first": max((m["ppo/ratio_first"] for m in metrics), key=lambda x: abs(x - 1)),
+        "episodes": [m["episodes"] for m in metrics],
+        "curves": {key: [round(m[key], 4) for m in metrics] for key in CURVES},
+    }
+
+
+def summary(runs):
+    """A line per run: the first iteration (the SFT policy) and the last tenth, as README quotes."""
+    print("kl_coef seed | gold SFT -> PPO | grammatical | KL nats | proxy SFT -> PPO | RM accuracy | s")
+    for r in sorted(runs, key=lambda r: (r["kl_coef"], r["seed"])):
+        first = {key: values[0] for key, values in r["curves"].items()}
+        tenth = len(r["episodes"]) // 10
+        last = {key: sum(values[-tenth:]) / tenth for key, values in r["curves"].items()}
+        print(f"{r['kl_coef']:7} {r['seed']:4} | {first['rollout/gold_mean']:6.2f} -> "
+              f"{last['rollout/gold_mean']:5.2f} | {last['rollout/grammatical']:11.2f} | "
+              f"{last['rollout/kl']:7.1f} | {first['rollout/score_mean']:7.2f} -> "
+              f"{last['rollout/score_mean']:5.2f} | {r['reward_model_accuracy']:11.3f} | {r['seconds']}")
+
+
+def plot(runs):
+    """Mean and range over seeds. The proxy is shifted by its value for the SFT policy: a reward
+    model's zero means nothing, and each seed trains its own."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 4, figsize=(17, 3.6), layout="constrained")
+    colours = dict(zip(KL_COEFS, ("#c0392b", "#2471a3", "#7d8a97"), strict=True))
+    for axis, (key, title) in zip(axes, CURVES.items(), strict=True):
+        for kl_coef, colour in colours.items():
+            curves = [r["curves"][key] for r in runs if r["kl_coef"] == kl_coef]
+            if key == "rollout/score_mean":
+                curves = [[x - curve[0] for x in curve] for curve in curves]
+            points = list(zip(*curves, strict=True))
+            episodes = next(r["episodes"] for r in runs if r["kl_coef"] == kl_coef)
+            axis.plot(episodes, [sum(p) / len(p) for p in points], color=colour,
+                      label=f"kl_coef {kl_coef:g}")
+            axis.fill_between(episodes, [min(p) for p in points], [max(p) for p in points],
+                              color=colour, alpha=0.15, linewidth=0)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("episodes")
+        axis.grid(alpha=0.25)
+    axes[2].set_yscale("symlog", linthresh=10)
+    axes[0].legend(frameon=False, fontsize=9)
+    figure.savefig(PICTURE, dpi=110)
+    print(f"wrote {PICTURE}")
+
+
+def main():
+    """Run what is missing, two at a time, then summarise and plot."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": []}
+    done = {(r["kl_coef"], r["seed"]) for r in results["runs"]}
+    missing = [(k, s) for s in SEEDS for k in KL_COEFS if (k, s) not in done]
+    if "--plot" not in sys.argv and missing:
+        results["hardware"] = hardware()
+        with ThreadPoolExecutor(2) as pool:
+            for result in pool.map(one_run, *zip(*missing, strict=True)):
+                results["runs"].append(result)
+                RESULTS.write_text(json.dumps(results))
+                print(f"finished kl_coef {result['kl_coef']}, seed {result['seed']}", flush=True)
+    summary(results["runs"])
+    plot(results["runs"])
+
+
+if __name__ == "__main__":
+    main()

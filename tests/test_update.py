@@ -1,0 +1,260 @@
+"""Claim: the update does what its flags say, on every token once per epoch, and on nothing else.
+
+Reference: the gradient of one whole minibatch; hashes of the frozen models; recorded indices.
+Run: python -m pytest tests/test_update.py (10 seconds)
+"""
+
+import copy
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_lm, make_reward_model, make_tokenizer
+
+import ppo_rlhf
+from ppo_rlhf import (
+    ActorCritic,
+    Args,
+    Policy,
+    ScoreNorm,
+    accumulate_gradients,
+    backward_minibatch,
+    backward_ptx,
+    collect_rollout,
+    compute_advantages,
+    compute_rewards,
+    count_response_tokens,
+    lr_scale,
+    make_actor_critic,
+    make_optimizer,
+    reward_loss_sum,
+    sft_loss_sum,
+    shuffled_minibatches,
+    update_policy,
+)
+
+PROMPTS = [[4], [5, 6, 7], [8, 9], [10]] * 2
+EXAMPLES = [([4, 5], [6, 1]), ([7], [8, 9, 10, 11, 1]), ([5], [1]), ([9, 9, 9], [4, 5, 6])]
+ARGS = Args(response_len=6, batch_size=8, minibatch_size=4, microbatch_size=4, learning_rate=1e-2,
+            critic_learning_rate=1e-2, update_epochs=2)
+
+
+def setting(args=ARGS, family="Llama"):
+    """An actor-critic and a rollout of 8 ragged rows with random scores."""
+    actor_critic = ActorCritic(Policy(make_lm(family), 0, [1]))
+    reference = copy.deepcopy(actor_critic.policy).requires_grad_(False)
+    rollout = collect_rollout(actor_critic, reference, PROMPTS, args, seed=3)
+    torch.manual_seed(0)
+    rollout.scores = torch.randn(8)
+    rollout.rewards = compute_rewards(rollout, ScoreNorm(), args.kl_coef, args)
+    rollout.advantages, rollout.returns = compute_advantages(rollout, args)
+    return actor_critic, rollout
+
+
+def gradient(model):
+    """All gradients in one vector."""
+    return torch.cat([x.grad.flatten() for x in model.parameters() if x.grad is not None])
+
+
+def minibatch_gradient(args):
+    """Gradient of the PPO loss of all 8 rows."""
+    actor_critic, rollout = setting()
+    rollout.ref_logprobs = rollout.ref_logprobs - 0.1 * rollout.response_mask
+    backward_minibatch(actor_critic, rollout, 0.05, args)
+    return gradient(actor_critic)
+
+
+def run_update(args, rng=0):
+    """One update_policy. Returns: its statistics and the policy's parameters after it."""
+    actor_critic, rollout = setting(args)
+    optimizer = make_optimizer(actor_critic, args)
+    stats = update_policy(actor_critic, optimizer, rollout, 0.05, args, random.Random(rng), None)
+    return stats, torch.cat([x.detach().flatten() for x in actor_critic.parameters()])
+
+
+# Gradients ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("microbatch_size", [1, 2, 3])
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+def test_microbatches_of_ragged_rows_add_up_to_the_minibatch(microbatch_size, kl_in):
+    whole = replace(ARGS, microbatch_size=8, kl_in=kl_in, kl_estimator="k2", ent_coef=0.1)
+    parts = replace(whole, microbatch_size=microbatch_size)
+    assert torch.allclose(minibatch_gradient(parts), minibatch_gradient(whole), atol=1e-6)
+
+
+def test_the_mean_of_the_parts_means_would_be_another_gradient():
+    # The tempting version: average equally, whatever number of tokens a part has.
+    actor_critic, rollout = setting()
+    backward_minibatch(actor_critic, rollout, 0.05, replace(ARGS, microbatch_size=8))
+    right = gradient(actor_critic)
+    actor_critic.zero_grad()
+    for i in range(8):
+        backward_minibatch(actor_critic, rollout.rows(torch.tensor([i])), 0.05, ARGS)
+    assert not torch.allclose(gradient(actor_critic) / 8, right, atol=1e-3)
+
+
+def test_the_order_of_the_rows_changes_nothing():
+    actor_critic, rollout = setting()
+    forward = backward_minibatch(actor_critic, rollout, 0.05, ARGS)
+    backward = backward_minibatch(actor_critic, rollout.rows(torch.arange(8).flip(0)), 0.05, ARGS)
+    assert forward == pytest.approx(backward, abs=1e-5)
+
+
+def test_the_padding_of_a_rollout_reaches_neither_loss_nor_statistics():
+    results = []
+    for junk in (0.0, 1e4, float("nan")):
+        actor_critic, rollout = setting()
+        for name in ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns"):
+            clean = getattr(rollout, name)
+            setattr(rollout, name, torch.where(rollout.response_mask, clean, junk))
+        stats = backward_minibatch(actor_critic, rollout, 0.05, ARGS)
+        results.append((stats, gradient(actor_critic)))
+    assert results[0][0] == results[1][0] == results[2][0]
+    assert torch.equal(results[0][1], results[2][1])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_sft_and_reward_losses_do_not_depend_on_microbatches(size):
+    policy, reward_model = Policy(make_lm(), 0, [1]), make_reward_model()
+    comparisons = [(p, r, [4, 4]) for p, r in EXAMPLES]
+    for model, loss_sum, examples, terms in (
+        (policy, sft_loss_sum, EXAMPLES, count_response_tokens(EXAMPLES)),
+        (reward_model, reward_loss_sum, comparisons, 4),
+    ):
+        gradients = []
+        for microbatch_size in (4, size):
+            model.zero_grad()
+            accumulate_gradients(loss_sum, model, examples, terms, microbatch_size)
+            gradients.append(gradient(model))
+        assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_the_sft_loss_trains_the_response_with_its_eos_and_not_the_prompt():
+    policy = Policy(make_lm(), 0, [1])
+    logits = policy.lm(torch.tensor([[4, 5, 6, 1]])).logits[0].clone()
+    logits[:, 0] = -1e30
+    logprobs = logits.log_softmax(-1)
+    expected = -(logprobs[1, 6] + logprobs[2, 1])  # token 6 after 5, EOS after 6
+    assert torch.allclose(sft_loss_sum(policy, EXAMPLES[:1]), expected, atol=1e-5)
+
+
+def test_the_reward_loss_is_bradley_terry():
+    reward_model = make_reward_model()
+    good, bad = (ppo_rlhf.model_scores(reward_model, [[4, 5, x]])[0] for x in (6, 7))
+    loss = reward_loss_sum(reward_model, [([4], [5, 6], [5, 7])])
+    assert torch.allclose(loss, -torch.log(torch.sigmoid(good - bad)), atol=1e-5)
+
+
+def test_ptx_adds_the_gradient_of_the_sft_loss_times_its_coefficient():
+    policy = Policy(make_lm(), 0, [1])
+    args = replace(ARGS, ptx_coef=3.0)
+    loss = backward_ptx(random.Random(0), policy=policy, demonstrations=EXAMPLES[:1], args=args)
+    added = gradient(policy)
+    policy.zero_grad()
+    (sft_loss_sum(policy, EXAMPLES[:1]) / 2).backward()
+    assert torch.allclose(added, 3.0 * gradient(policy), atol=1e-5) and loss > 0
+
+
+# Steps -------------------------------------------------------------------------------------------
+
+
+def test_each_row_is_used_once_per_epoch_in_a_new_order():
+    batches = shuffled_minibatches(list(range(8)), 2, 4, random.Random(0))
+    first, second = sum(batches[:2], []), sum(batches[2:], [])
+    assert sorted(first) == sorted(second) == list(range(8)) and first != second
+
+
+def test_there_are_epochs_times_minibatches_optimizer_steps(monkeypatch):
+    calls, original = [], ppo_rlhf.backward_minibatch
+    monkeypatch.setattr(ppo_rlhf, "backward_minibatch",
+                        lambda *x: calls.append(1) or original(*x))
+    run_update(replace(ARGS, update_epochs=3))
+    assert len(calls) == 3 * 2
+
+
+def test_targets_stay_the_same_over_the_epochs():
+    args = ARGS
+    actor_critic, rollout = setting(args)
+    before = copy.deepcopy((rollout.old_logprobs, rollout.advantages, rollout.returns))
+    optimizer = make_optimizer(actor_critic, args)
+    update_policy(actor_critic, optimizer, rollout, 0.05, args, random.Random(0), None)
+    after = rollout.old_logprobs, rollout.advantages, rollout.returns
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+def test_target_kl_ends_the_epochs():
+    _, one_epoch = run_update(replace(ARGS, update_epochs=1))
+    _, stopped = run_update(replace(ARGS, update_epochs=4, target_kl=1e-9))
+    _, four_epochs = run_update(replace(ARGS, update_epochs=4))
+    assert torch.equal(one_epoch, stopped) and not torch.equal(stopped, four_epochs)
+
+
+def test_a_good_response_becomes_likelier_and_a_bad_one_less_likely():
+    args = replace(ARGS, update_epochs=1, minibatch_size=8, microbatch_size=8)
+    actor_critic, rollout = setting(args)
+    optimizer = make_optimizer(actor_critic, args)
+    update_policy(actor_critic, optimizer, rollout, 0.0, args, random.Random(0), None)
+    new_logprobs, _, _ = actor_critic(rollout.sequence_ids, rollout.sequence_mask,
+                                      rollout.response_len)
+    moved = (new_logprobs - rollout.old_logprobs) * rollout.advantages
+    assert moved[rollout.response_mask].sum() > 0
+
+
+def test_the_critic_learns_at_its_own_rate():
+    actor_critic, rollout = setting()
+    args = replace(ARGS, critic_learning_rate=1e-9)
+    update_policy(actor_critic, make_optimizer(actor_critic, args), rollout, 0.05, args,
+                  random.Random(0), None)
+    assert actor_critic.value_head.weight.abs().max() < 1e-6
+
+
+def test_nothing_stored_in_a_rollout_requires_grad():
+    _, rollout = setting()
+    assert not any(x.requires_grad for x in vars(rollout).values())
+
+
+def test_a_nan_stops_the_update_before_it_reaches_the_weights():
+    actor_critic, rollout = setting()
+    rollout.advantages[0, 0] = float("nan")
+    before = copy.deepcopy(actor_critic.state_dict())
+    with pytest.raises(FloatingPointError, match="step 1 of the update: policy_loss is nan"):
+        update_policy(actor_critic, make_optimizer(actor_critic, ARGS), rollout, 0.05,
+                      replace(ARGS, minibatch_size=8, microbatch_size=8), random.Random(0), None)
+    assert all(torch.equal(x, before[name]) for name, x in actor_critic.state_dict().items())
+
+
+def test_the_learning_rate_warms_up_and_falls_linearly_to_zero():
+    assert [lr_scale(i, 4) for i in (1, 2, 3, 4)] == [1, 0.75, 0.5, 0.25]
+    assert [lr_scale(i, 4, warmup=2, anneal=False) for i in (1, 2, 3)] == [0.5, 1, 1]
+
+
+# Critics -----------------------------------------------------------------------------------------
+
+
+def test_a_shared_critic_starts_at_zero():
+    actor_critic, rollout = setting()
+    assert (rollout.old_values == 0).all() and actor_critic.trunk is None
+
+
+def test_a_separate_critic_starts_from_the_reward_model():
+    policy, reward_model = Policy(make_lm(), 0, [1]), make_reward_model(seed=5)
+    args, tokenizer = replace(ARGS, critic="separate"), make_tokenizer()
+    actor_critic = make_actor_critic(args, policy, tokenizer, reward_model, tokenizer)
+    ids = torch.tensor([[4, 5, 6]])
+    _, _, values = actor_critic(ids, torch.ones_like(ids).bool(), 1)
+    score_of_the_prompt = reward_model(torch.tensor([[4, 5]])).logits[0, 0]
+    assert torch.allclose(values[0, 0], score_of_the_prompt, atol=1e-5)
+
+
+def test_a_separate_critic_leaves_the_policys_gradient_alone():
+    gradients = []
+    for vf_coef in (0.0, 10.0):
+        policy = Policy(make_lm(), 0, [1])
+        args = replace(ARGS, critic="separate", vf_coef=vf_coef)
+        actor_critic = make_actor_critic(args, policy, None, None, None)
+        _, rollout = setting()
+        backward_minibatch(actor_critic, rollout, 0.05, args)
+        gradients.append(gradient(policy))
+    assert torch.equal(*gradients)
