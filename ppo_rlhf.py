@@ -49,7 +49,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -119,8 +119,8 @@ class Args:
     minibatch_size: int = 32
     """responses per optimizer step; examples per step in stages 1 and 2"""
     microbatch_size: int | None = None
-    """responses per forward and backward pass; lower it to fit memory, the result stays the same
-    (default: --minibatch-size)"""
+    """responses per forward and backward pass (sampling takes the whole batch); lower it to fit
+    memory, the result stays the same (default: --minibatch-size)"""
     update_epochs: int = 4
     """passes over each batch"""
     learning_rate: float | None = None
@@ -152,7 +152,7 @@ class Args:
     kl_in: Literal["reward", "loss"] = "reward"
     """where the KL enters: each token's reward, or the loss, beside advantages as normalised"""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """per-token estimate of the KL to the reference; k1 in the loss is refused (zero gradient)"""
+    """per-token KL estimate: k1 for the reward (k2, k3 hardly hold there), k2 or k3 for the loss"""
     kl_target: float | None = None
     """nats per response that an adaptive kl_coef steers to; default: fixed kl_coef"""
     kl_horizon: int = 10_000
@@ -176,7 +176,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the matrix products (autocast); weights, optimizer and log-probabilities stay float32"""
+    """of the policy's and critic's matrix products (autocast); all that is stored stays float32"""
     output_dir: str = "runs"
     """folder of all runs"""
     run_name: str | None = None
@@ -187,10 +187,15 @@ class Args:
     """iterations between two looks at sampled responses"""
 
 
-def refuse(message: str) -> None:
+def refuse(message: str) -> NoReturn:
     """End the run with exit status 2 and one sentence that names flag, value and remedy."""
     print(f"ppo_rlhf.py: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return f"{type(error).__name__}: {error.__cause__ or error}".split("\n")[0]
 
 
 def resolve_args(args: Args) -> Args:
@@ -243,6 +248,10 @@ def check_args(args: Args) -> None:
             flags = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in (whole, part)]
             refuse(f"{flags[0]} is not a multiple of {flags[1]}; choose sizes that divide.")
     for contradiction, message in (
+        (args.kl_target is not None and args.kl_coef == 0,
+         f"--kl-target {args.kl_target} only multiplies --kl-coef, which is 0; start above 0."),
+        (args.kl_target is not None and args.batch_size > args.kl_horizon,
+         f"--kl-horizon {args.kl_horizon} is shorter than a batch; give at least --batch-size."),
         (args.kl_in == "loss" and args.kl_estimator == "k1",
          "--kl-in loss with --kl-estimator k1 has zero gradient in expectation; use k2 or k3."),
         (args.reward_model is not None and args.reward_fn is not None,
@@ -383,14 +392,15 @@ def review_rules(genre: str) -> dict[str, list[str]]:
 def draw_text(symbol: str, rules: dict[str, list[str]], rng: random.Random) -> str:
     """Draw a text of the grammar: choose one entry of symbol, expand the names in it."""
     text = rng.choice(rules[symbol])
-    return re.sub(r"{(\w+)}", lambda name: draw_text(name[1], rules, rng), text)
+    return re.sub(r"{(\w+)}", lambda match: draw_text(match[1], rules, rng), text)
 
 
 @functools.cache
 def text_pattern(symbol: str, genre: str) -> re.Pattern:
     """The regular expression of exactly the texts of symbol; finite, since no entry recurs."""
     texts = [text.replace(".", r"\.") for text in review_rules(genre)[symbol]]
-    texts = [re.sub(r"{(\w+)}", lambda name: text_pattern(name[1], genre).pattern, x) for x in texts]
+    texts = [re.sub(r"{(\w+)}", lambda match: text_pattern(match[1], genre).pattern, text)
+             for text in texts]
     return re.compile("(?:" + "|".join(texts) + ")")
 
 
@@ -462,14 +472,14 @@ def word_tokenizer():
 TURN = "\n\nAssistant:"  # where hh-rlhf's dialogues, kept as one string, hand over to the assistant
 CHAT_TEMPLATE = (  # the same format for chat messages, where a tokenizer made here meets them
     "{% for message in messages %}"
-    "{{ '\n\nAssistant: ' if message['role'] == 'assistant' else '\n\nHuman: ' }}"
+    "{{ '\n\nAssistant:' if message['role'] == 'assistant' else '\n\nHuman: ' }}"
     "{{ message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
 
 
-def read_rows(flag: str, name: str, split: str) -> list[dict]:
-    """Read a data set from a file, a save_to_disk folder or the Hub."""
+def read_rows(flag: str, name: str, split: str, wanted: tuple[set, ...]) -> list[dict]:
+    """Read rows that have wanted columns from a file, a save_to_disk folder or the Hub."""
     import datasets
 
     path = Path(name)
@@ -477,20 +487,22 @@ def read_rows(flag: str, name: str, split: str) -> list[dict]:
         if path.is_file():
             file_format = "parquet" if path.suffix == ".parquet" else "json"
             data = datasets.load_dataset(file_format, data_files=str(path), split=split)
-        elif (path / "state.json").exists():
+        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             data = datasets.load_from_disk(name)
-        elif (path / "dataset_dict.json").exists():
-            data = datasets.load_from_disk(name)[split]
+            data = (data if isinstance(data, datasets.DatasetDict) else {"train": data})[split]
         else:
             data = datasets.load_dataset(name, split=split)
     except Exception as error:  # whatever datasets raises, the user needs flag, value and reason
-        refuse(f"{flag} {name}: split {split} cannot be read ({type(error).__name__}: {error}); "
-               "give a jsonl, jsonl.gz or parquet file, a save_to_disk folder or a Hub id.")
-    known = ({"chosen", "rejected"}, {"prompt"}, {"text"})
-    if len(data) == 0 or not any(columns <= set(data.column_names) for columns in known):
-        refuse(f"{flag} {name} has {len(data)} rows with columns {', '.join(data.column_names)}; "
-               "it needs chosen/rejected, prompt/completion, text, or prompt.")
-    return data.to_list()
+        refuse(f"{flag} {name}: split {split} cannot be read ({first_line(error)}); give a jsonl, "
+               "jsonl.gz or parquet file, a save_to_disk folder or a Hub id.")
+    columns = next((x for x in wanted if x <= set(data.column_names)), None)
+    if columns is None:
+        refuse(f"{flag} {name} has columns {', '.join(data.column_names)}; it needs "
+               f"{', or '.join('/'.join(sorted(x)) for x in wanted)}.")
+    rows = [row for row in data.to_list() if all(row[column] is not None for column in columns)]
+    if not rows:
+        refuse(f"{flag} {name} has no row with {'/'.join(sorted(columns))}; give one that has.")
+    return rows
 
 
 def shared_len(first, second) -> int:
@@ -506,16 +518,17 @@ def split_pair(row: dict) -> tuple:
     which they part.
     """
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if isinstance(chosen, str) and prompt is not None:
+        return prompt, chosen, rejected
     if isinstance(chosen, str):
-        if prompt is not None:
-            return prompt, chosen, rejected
         end = chosen[: shared_len(chosen, rejected)].rfind(TURN) + len(TURN)
         if end < len(TURN):
             refuse(f"--dataset: chosen and rejected share no {TURN!r} in {chosen[:60]!r}; "
                    "add a column named prompt.")
         return chosen[:end], chosen[end:], rejected[end:]
-    if chosen[0]["role"] == "assistant":  # the answer alone: the conversation is the prompt column
-        return prompt, chosen[0]["content"], rejected[0]["content"]
+    if chosen[0]["role"] == "assistant":  # the answer alone: the prompt column is what came before
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return messages, chosen[0]["content"], rejected[0]["content"]
     turn = shared_len(chosen[:-1], rejected[:-1])
     while turn > 0 and chosen[turn]["role"] != "assistant":
         turn -= 1
@@ -551,35 +564,48 @@ class Data:
     eval_comparisons: list[tuple[list[int], ...]]
 
 
+def prompt_text(prompt, tokenizer) -> str:
+    """A prompt as the policy reads it: a string as it is, messages through the chat template."""
+    if isinstance(prompt, str):
+        return prompt
+    return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+
+
 def encode_examples(examples: list[tuple], name: str, tokenizer, args: Args) -> list[tuple]:
-    """Token ids of examples (prompt, response, ...). Prompts keep their last tokens, responses
-    their first.
+    """Token ids of examples (prompt, response, ...). Long prompts keep their BOS and their last
+    tokens, long responses their first.
 
     All stages get their ids here, prompt and response encoded apart, as PPO will meet them. EOS
-    ends each response: from nothing else could the model learn to stop.
+    ends each whole response: from nothing else could the model learn to stop.
     """
     if not examples:
         return []
     prompts, *responses = map(list, zip(*examples, strict=True))
-    chat = isinstance(prompts[0], list)
-    if chat:
-        template = functools.partial(tokenizer.apply_chat_template, tokenize=False)
-        prompts = [template(messages, add_generation_prompt=True) for messages in prompts]
-    # A chat template writes BOS itself; the tokenizer must not add a second one.
-    prompts = tokenizer(prompts, add_special_tokens=not chat)["input_ids"]
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    prompts = [ids or [start] for ids in prompts]  # the first token is predicted from something
-    responses = [tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in responses]
-    responses = [[[*ids, tokenizer.eos_token_id] for ids in column] for column in responses]
+    is_chat = not isinstance(prompts[0], str)  # templates write BOS: no second one, please
+    texts = [prompt_text(prompt, tokenizer) for prompt in prompts]
+    prompts = tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    prompts = [ids or [eos if bos is None else bos] for ids in prompts]  # a first state is needed
+    responses = [tokenizer(column, add_special_tokens=False)["input_ids"] for column in responses]
+    responses = [[[*ids, eos] for ids in column] for column in responses]
 
-    longest = args.max_prompt_len, args.response_len
-    cut = (sum(len(ids) > longest[0] for ids in prompts),
-           sum(len(ids) > longest[1] for column in responses for ids in column))
-    print(f"data         {len(examples)} {name}; {cut[0]} prompts cut to their last {longest[0]} "
-          f"tokens, {cut[1]} responses to their first {longest[1]}")
-    prompts = [ids[-longest[0] :] for ids in prompts]
-    responses = [[ids[: longest[1]] for ids in column] for column in responses]
-    return list(zip(prompts, *responses, strict=True))
+    longest, limit = args.max_prompt_len, args.response_len
+    cut = sum(len(ids) > longest for ids in prompts)
+    cut_responses = sum(len(ids) > limit for column in responses for ids in column)
+    print(f"data         {len(examples)} {name}; {cut} prompts cut to their last {longest} "
+          f"tokens, {cut_responses} responses to their first {limit}")
+    if cut and args.dataset == "reviews":
+        refuse(f"--max-prompt-len {longest} cuts prompts of --dataset reviews, and with them the "
+               f"genre; raise it to {max(map(len, prompts))}.")
+    prompts = [cut_prompt(ids, longest, bos) for ids in prompts]
+    return list(zip(prompts, *[[ids[:limit] for ids in x] for x in responses], strict=True))
+
+
+def cut_prompt(ids: list[int], longest: int, bos_id: int | None) -> list[int]:
+    """The last tokens of a prompt, behind its BOS, which some models cannot do without."""
+    if len(ids) <= longest or ids[0] != bos_id:
+        return ids[-longest:]
+    return [bos_id, *ids[len(ids) - longest + 1 :]]
 
 
 def decode_texts(tokenizer, prompts: list, responses: list) -> list[tuple[str, str]]:
@@ -598,25 +624,41 @@ def hold_out(examples: list[tuple], held_prompts: set, num_held: int) -> tuple[l
     return train, evaluation
 
 
-def prepare_data(args: Args):
-    """Read the texts, load or make the policy's language model, encode the texts, hold some out.
+def read_texts(args: Args) -> tuple[list, list[tuple], list[tuple]]:
+    """Prompts, demonstrations (prompt, response) and comparisons (prompt, chosen, rejected).
 
-    Returns: language model, tokenizer, Data. The embedded task gets its comparisons in stage 2.
+    The embedded task gets its comparisons in stage 2.
     """
     demonstrations, comparisons = [], []
     if args.dataset == "reviews":
-        demonstrations = draw_reviews(16_000, random.Random(args.seed))
+        demonstrations = draw_reviews(12_000, random.Random(args.seed))
         prompts = [prompt for prompt, _ in demonstrations]
     else:
-        rows = read_rows("--dataset", args.dataset, args.dataset_split)
+        wanted = {"chosen", "rejected"}, {"prompt"}
+        rows = read_rows("--dataset", args.dataset, args.dataset_split, wanted)
         if "rejected" in rows[0]:
             comparisons = [split_pair(row) for row in rows]
             demonstrations = [(prompt, chosen) for prompt, chosen, _ in comparisons]
-        prompts = [x[0] for x in comparisons] or [row.get("prompt") or "" for row in rows]
+        prompts = [x[0] for x in comparisons] or [row["prompt"] for row in rows]
     if args.sft_dataset is not None:
-        rows = read_rows("--sft-dataset", args.sft_dataset, "train")
-        demonstrations = [(x.get("prompt") or "", x.get("completion", x.get("text"))) for x in rows]
-    lm, tokenizer = load_policy_model(args, [str(x) for pair in comparisons for x in pair])
+        wanted = {"prompt", "completion"}, {"text"}
+        rows = read_rows("--sft-dataset", args.sft_dataset, "train", wanted)
+        demonstrations = [(row.get("prompt") or "", row["completion"]) if "completion" in row
+                          else ("", row["text"]) for row in rows]
+        demonstrations = [(x, y if isinstance(y, str) else y[-1]["content"])
+                          for x, y in demonstrations]  # messages: the answer
+    return prompts, demonstrations, comparisons
+
+
+def prepare_data(args: Args):
+    """Read the texts, load or make the language model, encode, hold out the evaluation prompts.
+
+    Returns: language model, tokenizer, Data.
+    """
+    prompts, demonstrations, comparisons = read_texts(args)
+    parts = [part for x in [(p,) for p in prompts] + demonstrations + comparisons for part in x]
+    texts = [x if isinstance(x, str) else "\n".join(m["content"] for m in x) for x in parts]
+    lm, tokenizer = load_policy_model(args, texts)
 
     prompts = [x for (x,) in encode_examples([(x,) for x in prompts], "prompts", tokenizer, args)]
     demonstrations = encode_examples(demonstrations, "demonstrations", tokenizer, args)
@@ -659,9 +701,13 @@ def load_policy_model(args: Args, texts: list[str]):
         try:
             tokenizer = AutoTokenizer.from_pretrained(args.policy_model)
             lm = AutoModelForCausalLM.from_pretrained(args.policy_model, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            refuse(f"--policy-model {args.policy_model} cannot be loaded ({error}); give a Hub id "
-                   "or a folder with a causal language model and its tokenizer.")
+            kind = (lm.config.architectures or ["unknown"])[0]
+            if not kind.endswith(("ForCausalLM", "LMHeadModel")) or tokenizer.eos_token is None:
+                raise ValueError(f"a {kind} with EOS token {tokenizer.eos_token}")
+        except Exception as error:  # missing, broken, or of another kind
+            refuse(f"--policy-model {args.policy_model} cannot be used ({first_line(error)}); "
+                   "give a Hub id or folder of a causal language model with EOS in its tokenizer.")
+        tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     elif args.dataset == "reviews":
         tokenizer = word_tokenizer()
         context = args.max_prompt_len + args.response_len
@@ -753,14 +799,13 @@ class ActorCritic(nn.Module):
     """The policy and its critic V(state): a linear head on the policy's hidden states, or on a
     trunk of its own."""
 
-    def __init__(self, policy: Policy, trunk=None, head_weight: Tensor | None = None):
+    def __init__(self, policy: Policy, trunk=None):
         super().__init__()
         self.policy, self.trunk = policy, trunk
-        self.value_head = nn.Linear((trunk or policy.lm).config.hidden_size, 1)
+        config = (policy.lm if trunk is None else trunk).config
+        self.value_head = nn.Linear(config.hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)  # V = 0: at first no opinion [N details, P2]
         nn.init.zeros_(self.value_head.bias)
-        if head_weight is not None:  # (1, hidden): the reward model's opinion [N+ details, 22]
-            self.value_head.weight.data.copy_(head_weight)
 
     def forward(self, sequence_ids: Tensor, sequence_mask: Tensor, response_len: int):
         """logprobs, entropies and values, each (batch, response_len). Args as in Policy.forward."""
@@ -774,16 +819,19 @@ class ActorCritic(nn.Module):
 
 
 def make_actor_critic(
-    args: Args, policy: Policy, tokenizer, reward_model, reward_tokenizer
+    args: Args, policy: Policy, reward_model, same_tokens: bool, score_norm: "ScoreNorm"
 ) -> ActorCritic:
     """Policy and critic, shared or separate; see --critic."""
     if args.critic == "shared":
         return ActorCritic(policy)
     head = getattr(reward_model, "score", None)  # what transformers calls it in causal models
-    if isinstance(head, nn.Linear) and reads_same_tokens(reward_tokenizer, tokenizer):
-        trunk = copy.deepcopy(reward_model.base_model).requires_grad_(True)
-        return ActorCritic(policy, trunk, head.weight)
-    return ActorCritic(policy, copy.deepcopy(policy.lm.base_model))
+    if not (same_tokens and isinstance(head, nn.Linear)):
+        return ActorCritic(policy, copy.deepcopy(policy.lm.base_model))
+    actor_critic = ActorCritic(policy, copy.deepcopy(reward_model.base_model).requires_grad_(True))
+    with torch.no_grad():  # V is at first the score so far, normalised as PPO's scores are
+        actor_critic.value_head.weight.copy_(head.weight / score_norm.std)
+        actor_critic.value_head.bias.fill_(-score_norm.mean / score_norm.std)
+    return actor_critic
 
 
 def new_reward_model(policy: Policy, tokenizer):
@@ -812,9 +860,9 @@ def load_reward_model(path: str, device: torch.device):
             raise ValueError(f"a {kind} with {config.num_labels} outputs")
         tokenizer = AutoTokenizer.from_pretrained(path)
         reward_model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        refuse(f"--reward-model {path} cannot be used ({error}); give a Hub id or a folder with a "
-               "sequence classifier with one output, or wrap it in a --reward-fn.")
+    except Exception as error:  # missing, broken, or of another kind
+        refuse(f"--reward-model {path} cannot be used ({first_line(error)}); give a Hub id or "
+               "folder of a sequence classifier with one output, or wrap it in a --reward-fn.")
     if config.pad_token_id is None:
         give_own_pad_token(reward_model, tokenizer)
     return reward_model.to(device).eval().requires_grad_(False), tokenizer
@@ -950,17 +998,14 @@ def accuracy(reward_model, comparisons: list[tuple], microbatch_size: int) -> fl
 
 def compare_own_samples(policy: Policy, prompts: list, tokenizer, args: Args) -> list[tuple]:
     """Two of the SFT model's own samples per prompt, labelled by the embedded task's annotator."""
-    device, rng = policy.eos_ids.device, random.Random(args.seed)
-    generator = torch.Generator(device).manual_seed(args.seed)
+    rng, generator = random.Random(args.seed), make_generator(policy, args.seed)
     comparisons = []
     for chunk in split_list(prompts, 500):
-        prompt_ids, prompt_mask = pad_rows(chunk, policy.pad_id, "left", device)
         samples, golds = [], []
         for _ in range(2):
-            ids, mask, ended = sample_responses(policy, prompt_ids, prompt_mask, args.response_len,
-                                                generator)
-            samples.append(unpad_rows(ids, mask))
-            golds.append(gold_rewards(tokenizer, chunk, samples[-1], ended))
+            responses, ended = sample_ids(policy, chunk, args.response_len, generator)
+            samples.append(responses)
+            golds.append(gold_rewards(tokenizer, chunk, responses, ended))
         for prompt, first, second, *gold in zip(chunk, *samples, *golds, strict=True):
             pair = (first, second) if prefers_first(*gold, rng) else (second, first)
             comparisons.append((prompt, *pair))
@@ -977,9 +1022,9 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") ->
 
     With d = logprobs − ref_logprobs:  k1 = d  (unbiased, may be negative),  k2 = ½·d²  (biased),
     k3 = exp(−d) − 1 + d  (unbiased, never negative).
-    A good estimate need not have a good gradient. k1 in the reward, which nobody differentiates,
-    gives the gradient of the KL. As a loss, k1 gives zero in expectation, k2 the gradient of each
-    token's own KL, k3 another direction.
+    A good estimate need not have a good gradient. In the reward, only k1 gives ∇KL(π ‖ π_ref); k2
+    and k3 give almost none while π ≈ π_ref. As a loss, on the sampling policy, k2 gives ∇KL of each
+    token, k3 that of the forward KL(π_ref ‖ π), and k1 nothing.
 
     Args and result: (batch, response_len). Source: Schulman, "Approximating KL divergence" (2020).
     """
@@ -1084,7 +1129,7 @@ def adaptive_kl_coef(
     β ← β·(1 + e·n/h),  e = clip(KL / target − 1, ±0.2), n episodes since the last call, horizon h.
 
     Args: observed_kl, kl_target in nats per response; num_episodes, kl_horizon in episodes.
-    Source: Ziegler 2019, section 2.2.
+    Source: Ziegler 2019, section 2.2, with the n/h of lm-human-preferences.
     """
     error = max(-0.2, min(0.2, observed_kl / kl_target - 1))
     return kl_coef * (1 + error * num_episodes / kl_horizon)
@@ -1123,36 +1168,37 @@ def score_by_function(prompts: list, responses: list, *, function, name: str, to
     """Scores (batch,), or (batch, response_len) if dense, of a Python function of the texts."""
     texts = decode_texts(tokenizer, prompts, responses)
     arguments = [list(column) for column in zip(*texts, strict=True)]
-    if len(inspect.signature(function).parameters) > 2:
+    parameters = inspect.signature(function).parameters.values()
+    if sum(x.default is x.empty for x in parameters) > 2:
         arguments.append([[tokenizer.decode([token]) for token in x] for x in responses])
     try:
         scores = function(*arguments)
         if len(scores) != len(responses):
             raise ValueError(f"{len(scores)} scores for {len(responses)} responses")
-        rows = [list(x) if isinstance(x, list | tuple) else [float(x)] for x in scores]
+        scores = [x.tolist() if hasattr(x, "tolist") else x for x in scores]  # numpy and torch
         dense = isinstance(scores[0], list | tuple)
+        rows = [torch.tensor(x if dense else [x], dtype=torch.float32) for x in scores]
         for row, ids, (_, text) in zip(rows, responses, texts, strict=True):
-            if len(row) != (len(ids) if dense else 1) or not all(math.isfinite(x) for x in row):
-                raise ValueError(f"{row} for the {len(ids)} tokens of {text!r}")
+            if len(row) != (len(ids) if dense else 1) or not row.isfinite().all():
+                raise ValueError(f"{row.tolist()} for the {len(ids)} tokens of {text!r}")
     except Exception as error:  # the function is the user's: anything may go wrong in it
         refuse(f"--reward-fn {name} failed on a batch that begins with {texts[0][1]!r} "
-               f"({type(error).__name__}: {error}); return one finite number per response, "
-               "or for each response a list with one per token.")
-    tensors = [torch.tensor(row, dtype=torch.float32) for row in rows]
-    return nn.utils.rnn.pad_sequence(tensors, batch_first=True) if dense else torch.cat(tensors)
+               f"({first_line(error)}); return one finite number per response, or for each "
+               "response a list with one per token.")
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True) if dense else torch.cat(rows)
 
 
 def load_reward_fn(name: str) -> Callable:
     """The function that --reward-fn FILE.py:FUNCTION names."""
     path, _, function_name = name.rpartition(":")
-    if not Path(path).is_file():
-        refuse(f"--reward-fn {name}: there is no file {path!r}; give FILE.py:FUNCTION.")
-    spec = importlib.util.spec_from_file_location("reward_fn", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, function_name, None)):
-        refuse(f"--reward-fn {name}: {path} has no function {function_name!r}; name one it has.")
-    return getattr(module, function_name)
+    try:
+        spec = importlib.util.spec_from_file_location("reward_fn", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["reward_fn"] = module  # dataclasses in the file look themselves up there
+        spec.loader.exec_module(module)
+        return getattr(module, function_name)
+    except Exception as error:  # the file is the user's
+        refuse(f"--reward-fn {name} cannot be loaded ({first_line(error)}); give FILE.py:FUNCTION.")
 
 
 def make_score(args: Args, policy: Policy, tokenizer, reward_model, reward_tokenizer) -> Callable:
@@ -1259,16 +1305,29 @@ def sample_responses(
     return torch.stack(columns, dim=1), torch.stack(column_masks, dim=1), ended
 
 
+def sample_ids(
+    policy: Policy, prompts: list, response_len: int, generator: torch.Generator
+) -> tuple[list[list[int]], Tensor]:
+    """sample_responses for lists of token ids. Returns: responses, and ended (batch,)."""
+    prompt_ids, prompt_mask = pad_rows(prompts, policy.pad_id, "left", policy.eos_ids.device)
+    ids, mask, ended = sample_responses(policy, prompt_ids, prompt_mask, response_len, generator)
+    return unpad_rows(ids, mask), ended
+
+
+def make_generator(policy: Policy, seed: int) -> torch.Generator:
+    """Random numbers for sampling, on the policy's device."""
+    return torch.Generator(policy.eos_ids.device).manual_seed(seed)
+
+
 @torch.no_grad()
 def collect_rollout(
     actor_critic: ActorCritic, reference: Policy, prompts: list[list[int]], args: Args, seed: int
 ) -> Rollout:
     """Sample a response to each prompt; read log-probabilities, entropies, values, reference."""
-    policy, device = actor_critic.policy, actor_critic.policy.eos_ids.device
-    generator = torch.Generator(device).manual_seed(seed)
-    prompt_ids, prompt_mask = pad_rows(prompts, policy.pad_id, "left", device)
+    policy = actor_critic.policy
+    prompt_ids, prompt_mask = pad_rows(prompts, policy.pad_id, "left", policy.eos_ids.device)
     response_ids, response_mask, ended = sample_responses(
-        policy, prompt_ids, prompt_mask, args.response_len, generator)
+        policy, prompt_ids, prompt_mask, args.response_len, make_generator(policy, seed))
     sequence_ids = torch.cat([prompt_ids, response_ids], dim=1)  # (batch, seq_len)
     sequence_mask = torch.cat([prompt_mask, response_mask], dim=1)
     parts = []
@@ -1623,7 +1682,7 @@ def train_sft(policy: Policy, data: Data, args: Args, log: RunLog) -> None:
         args, log)
     value = perplexity(policy, data.eval_demonstrations, args.microbatch_size)
     print(f"sft          perplexity {value:.3f} on {len(data.eval_demonstrations)} "
-          "held-out demonstrations")
+          "evaluation demonstrations")
     log.scalars({"sft/perplexity": value}, len(minibatches))
 
 
@@ -1641,7 +1700,8 @@ def train_reward_model(policy: Policy, data: Data, tokenizer, args: Args, log: R
     fit("reward_model", reward_model, minibatches, reward_loss_sum, len, args.reward_learning_rate,
         args, log)
     share = accuracy(reward_model, data.eval_comparisons, args.microbatch_size)
-    print(f"reward_model accuracy {share:.3f} on {len(data.eval_comparisons)} held-out comparisons")
+    print(f"reward_model accuracy {share:.3f} on {len(data.eval_comparisons)} "
+          "evaluation comparisons")
     log.scalars({"reward_model/accuracy": share}, len(minibatches))
     reward_model.save_pretrained(log.run_dir / "reward_model")
     reward_tokenizer.save_pretrained(log.run_dir / "reward_model")
@@ -1661,25 +1721,24 @@ def check_data(args: Args, data: Data) -> None:
 
 def check_score(score: Callable, data: Data, args: Args) -> None:
     """Try a given reward on two responses before anything is trained."""
-    responses = [x[1] for x in data.demonstrations[:2]] or data.prompts[:2]
-    scores = score(data.prompts[: len(responses)], responses)
+    examples = data.demonstrations[:2] or [(prompt, prompt) for prompt in data.prompts[:2]]
+    prompts, responses = zip(*examples, strict=True)
+    scores = score(list(prompts), list(responses))
     if scores.dim() == 2 and args.score_norm != "none":
         refuse(f"--score-norm {args.score_norm} needs one score per response, and --reward-fn "
                f"{args.reward_fn} returns one per token; use --score-norm none.")
 
 
-def measure_score_norm(
-    actor_critic: ActorCritic, reference: Policy, score: Callable, data: Data, args: Args
-) -> ScoreNorm:
+def measure_score_norm(policy: Policy, score: Callable, data: Data, args: Args) -> ScoreNorm:
     """The normalisation that --score-norm asks for; sft measures it on two batches of prompts."""
     if args.score_norm != "sft":
         return ScoreNorm(running=args.score_norm == "running")
     prompts = prompt_batch(data.prompts, 1, 2 * args.batch_size, args.seed)
-    rollout = collect_rollout(actor_critic, reference, prompts, args, args.seed)
-    scores = score(rollout.prompts, rollout.responses)
-    print(f"rewards      raw scores of the SFT policy: mean {scores.mean():.3f}, "
-          f"std {scores.std():.3f}")
-    return ScoreNorm(scores.mean().item(), scores.std().item())
+    generator = make_generator(policy, args.seed)
+    scores = score(prompts, sample_ids(policy, prompts, args.response_len, generator)[0])
+    mean, std = scores.mean().item(), scores.std(correction=0).item()
+    print(f"rewards      raw scores of the SFT policy: mean {mean:.3f}, std {std:.3f}")
+    return ScoreNorm(mean, std if std > 1e-6 else 1.0)  # all the same: only shift
 
 
 def make_optimizer(actor_critic: ActorCritic, args: Args) -> torch.optim.Optimizer:
@@ -1723,11 +1782,11 @@ def main(args: Args) -> None:
 
     # Stage 3: PPO
     reference = copy.deepcopy(policy).requires_grad_(False)
-    actor_critic = make_actor_critic(args, policy, tokenizer, reward_model, reward_tokenizer)
-    actor_critic.to(device)
+    score_norm = measure_score_norm(policy, score, data, args)
+    same_tokens = reward_model is not None and reads_same_tokens(reward_tokenizer, tokenizer)
+    actor_critic = make_actor_critic(args, policy, reward_model, same_tokens, score_norm).to(device)
     optimizer, kl_coef = make_optimizer(actor_critic, args), args.kl_coef
     before = evaluate(actor_critic, reference, score, data, tokenizer, args)
-    score_norm = measure_score_norm(actor_critic, reference, score, data, args)
     num_iterations = args.total_episodes // args.batch_size
     ptx = functools.partial(backward_ptx, policy=sft_policy, args=args,
                             demonstrations=data.demonstrations)
@@ -1752,6 +1811,9 @@ def main(args: Args) -> None:
         with timed(perf, "update_s"):
             stats = update_policy(actor_critic, optimizer, rollout, kl_coef, args,
                                   random.Random(seed), ptx)
+        if args.dtype == "float32" and abs(stats["ratio_first"] - 1) > 1e-3:
+            print(f"warning: the ratio starts at {stats['ratio_first']}, not 1: old and new "
+                  "log-probabilities are computed differently; is the model deterministic?")
 
         stats |= {"kl_coef": kl_coef, "learning_rate": scale * args.learning_rate,
                   "explained_variance": explained_variance(

@@ -35,8 +35,8 @@ CURVES = {
 
 def hardware():
     """What the figures were measured on."""
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo")
-                  if "model name" in line), platform.machine())
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
     packages = ("torch", "transformers", "tokenizers", "numpy")
     return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(),
             "date": time.strftime("%Y-%m-%d")} | {name: version(name) for name in packages}
@@ -48,9 +48,11 @@ def one_run(kl_coef, seed):
         command = [sys.executable, str(HERE.parent / "ppo_rlhf.py"), "--kl-coef", str(kl_coef),
                    "--seed", str(seed), "--output-dir", folder, "--run-name", "run"]
         start = time.time()
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         process = subprocess.run(command, capture_output=True, text=True, check=True,
-                                 env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-        metrics = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")]
+                                 env=environment)
+        lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
+        metrics = [json.loads(line) for line in lines]
     return {
         "kl_coef": kl_coef, "seed": seed, "seconds": round(time.time() - start),
         "reward_model_accuracy": float(re.search(r"accuracy ([\d.]+)", process.stdout)[1]),
@@ -63,7 +65,8 @@ def one_run(kl_coef, seed):
 
 def summary(runs):
     """A line per run: the first iteration (the SFT policy) and the last tenth, as README quotes."""
-    print("kl_coef seed | gold SFT -> PPO | grammatical | KL nats | proxy SFT -> PPO | RM accuracy | s")
+    print("kl_coef seed |  gold SFT -> PPO | grammatical | KL nats | proxy SFT -> PPO | "
+          "RM accuracy | seconds")
     for r in sorted(runs, key=lambda r: (r["kl_coef"], r["seed"])):
         first = {key: values[0] for key, values in r["curves"].items()}
         tenth = len(r["episodes"]) // 10
@@ -71,7 +74,8 @@ def summary(runs):
         print(f"{r['kl_coef']:7} {r['seed']:4} | {first['rollout/gold_mean']:6.2f} -> "
               f"{last['rollout/gold_mean']:5.2f} | {last['rollout/grammatical']:11.2f} | "
               f"{last['rollout/kl']:7.1f} | {first['rollout/score_mean']:7.2f} -> "
-              f"{last['rollout/score_mean']:5.2f} | {r['reward_model_accuracy']:11.3f} | {r['seconds']}")
+              f"{last['rollout/score_mean']:5.2f} | {r['reward_model_accuracy']:11.3f} | "
+              f"{r['seconds']}")
 
 
 def plot(runs):

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,8 +92,9 @@ def policy_folder(folder):
 def pairs_file(folder):
     """32 comparisons of short texts with ragged prompts."""
     path = folder / "pairs.jsonl"
-    rows = [{"prompt": " ".join((WORDS * 2)[i % 9 : i % 9 + 1 + i % 4]), "chosen": "the plot was good .",
-             "rejected": "bad bad bad"} for i in range(32)]
+    prompts = [" ".join((WORDS * 2)[i % 9 : i % 9 + 1 + i % 4]) for i in range(32)]
+    rows = [{"prompt": x, "chosen": "the plot was good .", "rejected": "bad bad bad"}
+            for x in prompts]
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return str(path)
 
@@ -112,7 +114,7 @@ def tiny_args(tmp_path, policy_folder, pairs_file):
 
 def read_metrics(args):
     """metrics.jsonl of a run, without what the clock and the machine decide."""
-    lines = open(f"{args.output_dir}/{args.run_name}/metrics.jsonl").read().splitlines()
+    lines = Path(args.output_dir, args.run_name, "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if "perf" not in k and k != "wall_time"}
             for line in lines]
 

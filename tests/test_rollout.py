@@ -39,6 +39,13 @@ def padded(prompts, responses):
     return tuple(torch.cat(pair, dim=1) for pair in zip(left, right, strict=True))
 
 
+def with_value_head(policy):
+    """A critic that adds up the hidden state, so that values are not all zero."""
+    actor_critic = ActorCritic(policy)
+    torch.nn.init.ones_(actor_critic.value_head.weight)
+    return actor_critic
+
+
 class TableModel(torch.nn.Module):
     """A language model whose logits are a table: row = current token, column = next token."""
 
@@ -64,8 +71,7 @@ def table_policy(table, **settings):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padded_rows_equal_the_models_own_unpadded_forward(family):
     lm = make_lm(family)
-    critic = torch.nn.Linear(16, 1)
-    actor_critic = ActorCritic(Policy(lm, 0, [1]), head_weight=critic.weight)
+    actor_critic = with_value_head(Policy(lm, 0, [1]))
     logprobs, _, values = actor_critic(*padded(PROMPTS, RESPONSES), 4)
     for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         output = lm(torch.tensor([prompt + response]), output_hidden_states=True)
@@ -74,12 +80,12 @@ def test_padded_rows_equal_the_models_own_unpadded_forward(family):
         expected = logits.log_softmax(-1)[range(start, start + size), response]
         hidden = output.hidden_states[-1][0, start : start + size]
         assert torch.allclose(logprobs[i, :size], expected, atol=1e-5)
-        assert torch.allclose(values[i, :size], (hidden @ critic.weight.T)[:, 0], atol=1e-5)
+        assert torch.allclose(values[i, :size], hidden.sum(-1), atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["GPT2", "Llama"])
 def test_more_padding_on_either_side_changes_nothing(family):
-    actor_critic = ActorCritic(Policy(make_lm(family), 0, [1]), head_weight=torch.ones(1, 16))
+    actor_critic = with_value_head(Policy(make_lm(family), 0, [1]))
     ids, mask = padded(PROMPTS, RESPONSES)
     wide_ids = torch.nn.functional.pad(ids, (8, 3))
     wide_mask = torch.nn.functional.pad(mask, (8, 3))
@@ -93,7 +99,7 @@ def test_every_number_is_read_one_position_before_its_token():
     # Token t's log-probability is row (token t-1) of the table; the value is its position.
     table = torch.randn(6, 6)
     policy = table_policy(table)
-    actor_critic = ActorCritic(policy, head_weight=torch.ones(1, 1))
+    actor_critic = with_value_head(policy)
     logprobs, _, values = actor_critic(*padded([[2], [3, 4]], [[5, 1], [2, 3]]), 2)
     table[:, 0] = -1e30
     log_softmax = table.log_softmax(-1)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_lm, make_reward_model, make_tokenizer
+from conftest import make_lm, make_reward_model
 
 import ppo_rlhf
 from ppo_rlhf import (
@@ -162,7 +162,7 @@ def test_ptx_adds_the_gradient_of_the_sft_loss_times_its_coefficient():
 
 def test_each_row_is_used_once_per_epoch_in_a_new_order():
     batches = shuffled_minibatches(list(range(8)), 2, 4, random.Random(0))
-    first, second = sum(batches[:2], []), sum(batches[2:], [])
+    first, second = batches[0] + batches[1], batches[2] + batches[3]
     assert sorted(first) == sorted(second) == list(range(8)) and first != second
 
 
@@ -238,14 +238,14 @@ def test_a_shared_critic_starts_at_zero():
     assert (rollout.old_values == 0).all() and actor_critic.trunk is None
 
 
-def test_a_separate_critic_starts_from_the_reward_model():
+def test_a_separate_critic_starts_from_the_normalised_score_of_the_prompt():
     policy, reward_model = Policy(make_lm(), 0, [1]), make_reward_model(seed=5)
-    args, tokenizer = replace(ARGS, critic="separate"), make_tokenizer()
-    actor_critic = make_actor_critic(args, policy, tokenizer, reward_model, tokenizer)
+    args, norm = replace(ARGS, critic="separate"), ScoreNorm(mean=2.0, std=3.0)
+    actor_critic = make_actor_critic(args, policy, reward_model, True, norm)
     ids = torch.tensor([[4, 5, 6]])
     _, _, values = actor_critic(ids, torch.ones_like(ids).bool(), 1)
     score_of_the_prompt = reward_model(torch.tensor([[4, 5]])).logits[0, 0]
-    assert torch.allclose(values[0, 0], score_of_the_prompt, atol=1e-5)
+    assert torch.allclose(values[0, 0], (score_of_the_prompt - 2) / 3, atol=1e-5)
 
 
 def test_a_separate_critic_leaves_the_policys_gradient_alone():
@@ -253,7 +253,7 @@ def test_a_separate_critic_leaves_the_policys_gradient_alone():
     for vf_coef in (0.0, 10.0):
         policy = Policy(make_lm(), 0, [1])
         args = replace(ARGS, critic="separate", vf_coef=vf_coef)
-        actor_critic = make_actor_critic(args, policy, None, None, None)
+        actor_critic = make_actor_critic(args, policy, None, False, ScoreNorm())
         _, rollout = setting()
         backward_minibatch(actor_critic, rollout, 0.05, args)
         gradients.append(gradient(policy))
