@@ -445,11 +445,6 @@ def draw_reviews(num_reviews: int, rng: random.Random) -> list[tuple[str, str]]:
     return [(x, draw_text("review", review_rules(genre_of(x)), rng)) for x in prompts]
 
 
-def prefers_first(gold_first: float, gold_second: float, rng: random.Random) -> bool:
-    """The simulated annotator: P(first ≻ second) = sigmoid(gold₁ − gold₂) (Bradley–Terry)."""
-    return rng.random() < 1 / (1 + math.exp(gold_second - gold_first))
-
-
 def word_tokenizer():
     """A tokenizer with one token per word or punctuation mark of the grammar."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -997,7 +992,10 @@ def accuracy(reward_model, comparisons: list[tuple], microbatch_size: int) -> fl
 
 
 def compare_own_samples(policy: Policy, prompts: list, tokenizer, args: Args) -> list[tuple]:
-    """Two of the SFT model's own samples per prompt, labelled by the embedded task's annotator."""
+    """Two of the SFT model's own samples per prompt, labelled by a simulated annotator.
+
+    Noisily, by Bradley–Terry on the gold rewards: P(first ≻ second) = sigmoid(2·(gold₁ − gold₂)).
+    """
     rng, generator = random.Random(args.seed), make_generator(policy, args.seed)
     comparisons = []
     for chunk in split_list(prompts, 500):
@@ -1007,7 +1005,8 @@ def compare_own_samples(policy: Policy, prompts: list, tokenizer, args: Args) ->
             samples.append(responses)
             golds.append(gold_rewards(tokenizer, chunk, responses, ended))
         for prompt, first, second, *gold in zip(chunk, *samples, *golds, strict=True):
-            pair = (first, second) if prefers_first(*gold, rng) else (second, first)
+            prefers_first = rng.random() < 1 / (1 + math.exp(2 * (gold[1] - gold[0])))
+            pair = (first, second) if prefers_first else (second, first)
             comparisons.append((prompt, *pair))
     return comparisons
 
@@ -1141,27 +1140,24 @@ def adaptive_kl_coef(
 
 
 @torch.no_grad()
-def score_by_ids(prompts: list, responses: list, *, reward_model, microbatch_size: int) -> Tensor:
-    """Scores (batch,) of a reward model that reads the policy's tokens."""
+def score_by_model(
+    prompts: list, responses: list, *, reward_model, retokenise: Callable | None,
+    microbatch_size: int,
+) -> Tensor:
+    """Scores (batch,) of a reward model, whose own tokens retokenise makes of the policy's."""
     sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    if retokenise is not None:
+        sequences = retokenise(sequences)
     parts = split_list(sequences, microbatch_size)
     return torch.cat([model_scores(reward_model, part) for part in parts])
 
 
-@torch.no_grad()
-def score_by_text(
-    prompts: list, responses: list, *, reward_model, reward_tokenizer, tokenizer,
-    eos_ids: list[int], microbatch_size: int,
-) -> Tensor:
-    """Scores (batch,) of a reward model with another tokenizer, which is fed the text."""
-    sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+def retokenise(sequences: list, *, tokenizer, eos_ids: list[int], reward_tokenizer) -> list:
+    """The same texts in another tokenizer's ids; what has ended in one ends in the other."""
     texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)
-    rows = reward_tokenizer(texts)["input_ids"]
-    end = reward_tokenizer.eos_token_id
-    for row, response in zip(rows, responses, strict=True):
-        if response[-1] in eos_ids and end is not None and row[-1:] != [end]:
-            row.append(end)  # what is finished in one language is finished in the other
-    return torch.cat([model_scores(reward_model, x) for x in split_list(rows, microbatch_size)])
+    rows, end = reward_tokenizer(texts)["input_ids"], reward_tokenizer.eos_token_id
+    return [[*row, end] if ids[-1] in eos_ids and end is not None and row[-1:] != [end] else row
+            for row, ids in zip(rows, sequences, strict=True)]
 
 
 def score_by_function(prompts: list, responses: list, *, function, name: str, tokenizer) -> Tensor:
@@ -1202,16 +1198,17 @@ def load_reward_fn(name: str) -> Callable:
 
 
 def make_score(args: Args, policy: Policy, tokenizer, reward_model, reward_tokenizer) -> Callable:
-    """The function score(prompts, responses) of this run, and nothing else knows which it is."""
-    size = args.microbatch_size
+    """The function score(prompts, responses) of this run."""
     if args.reward_fn is not None:
         return functools.partial(score_by_function, function=load_reward_fn(args.reward_fn),
                                  name=args.reward_fn, tokenizer=tokenizer)
-    if reads_same_tokens(reward_tokenizer, tokenizer):
-        return functools.partial(score_by_ids, reward_model=reward_model, microbatch_size=size)
-    return functools.partial(score_by_text, reward_model=reward_model, microbatch_size=size,
-                             reward_tokenizer=reward_tokenizer, tokenizer=tokenizer,
-                             eos_ids=policy.eos_ids.tolist())
+    translate = None
+    if not reads_same_tokens(reward_tokenizer, tokenizer):
+        translate = functools.partial(retokenise, tokenizer=tokenizer,
+                                      eos_ids=policy.eos_ids.tolist(),
+                                      reward_tokenizer=reward_tokenizer)
+    return functools.partial(score_by_model, reward_model=reward_model, retokenise=translate,
+                             microbatch_size=args.microbatch_size)
 
 
 def reads_same_tokens(reward_tokenizer, tokenizer) -> bool:
@@ -1464,12 +1461,11 @@ def backward_ptx(rng: random.Random, *, policy: Policy, demonstrations: list, ar
                                 args.ptx_coef)
 
 
-def explained_variance(returns: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+def explained_variance(returns: Tensor, values: Tensor, mask: Tensor) -> float:
     """1 − Var(returns − values) / Var(returns): 1 for a perfect critic, 0 for a constant one."""
-    residual = returns - values
-    unexplained = masked_mean((residual - masked_mean(residual, mask)) ** 2, mask)
-    total = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
-    return 1 - unexplained / (total + 1e-8)
+    returns, values = returns[mask], values[mask]
+    unexplained = (returns - values).var(correction=0)
+    return (1 - unexplained / (returns.var(correction=0) + 1e-8)).item()
 
 
 def prompt_batch(prompts: list, iteration: int, batch_size: int, seed: int) -> list:
@@ -1817,7 +1813,7 @@ def main(args: Args) -> None:
 
         stats |= {"kl_coef": kl_coef, "learning_rate": scale * args.learning_rate,
                   "explained_variance": explained_variance(
-                      rollout.returns, rollout.old_values, rollout.response_mask).item()}
+                      rollout.returns, rollout.old_values, rollout.response_mask)}
         perf |= {"episodes_per_s": args.batch_size / (time.perf_counter() - start_time),
                  "peak_memory_gb": peak_memory_gb(device)}
         log.iteration(iteration, metrics, stats, perf, rollout)

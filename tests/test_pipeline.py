@@ -222,13 +222,11 @@ def test_a_reward_model_with_other_tokens_is_fed_the_text():
 
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(vocab)),
                                     pad_token="[PAD]", eos_token="[EOS]")
-    reward_model, tokenizer = make_reward_model(), make_tokenizer()
-    scores = ppo_rlhf.score_by_text(
-        [[4, 5]], [[6, 7, 1]], reward_model=reward_model, reward_tokenizer=other,
-        tokenizer=tokenizer, eos_ids=[1], microbatch_size=2)
-    text_ids = other("the plot was dull")["input_ids"]
-    assert text_ids != [4, 5, 6, 7]
-    assert torch.equal(scores, ppo_rlhf.model_scores(reward_model, [[*text_ids, 1]]))
+    rows = ppo_rlhf.retokenise([[4, 5, 6, 7, 1], [4, 5]], tokenizer=make_tokenizer(),
+                               eos_ids=[1], reward_tokenizer=other)
+    whole, cut = other(["the plot was dull", "the plot"])["input_ids"]
+    assert whole != [4, 5, 6, 7]
+    assert rows == [[*whole, other.eos_token_id], cut]  # only the first had ended
 
 
 @pytest.mark.parametrize("kind", ["causal", "two outputs"])
