@@ -124,7 +124,7 @@ class Args:
     update_epochs: int = 4
     """passes over each batch"""
     learning_rate: float | None = None
-    """of the policy in PPO (default: 3e-4 from scratch, else 3e-6)"""
+    """of the policy in PPO (default: 2e-4 from scratch, else 3e-6)"""
     lr_warmup: int = 0
     """iterations of linear warm-up"""
     anneal_lr: bool = True
@@ -208,7 +208,7 @@ def resolve_args(args: Args) -> Args:
         "response_len": 32 if embedded else 128,
         "sft_learning_rate": 3e-3 if scratch else 1e-5,
         "reward_learning_rate": 1e-3 if scratch else 1e-5,
-        "learning_rate": 3e-4 if scratch else 3e-6,
+        "learning_rate": 2e-4 if scratch else 3e-6,
         "score_norm": "sft" if trains_reward_model else "none",
         "microbatch_size": args.minibatch_size,
         "run_name": f"{data_name}__{args.seed}__{now}",
@@ -626,7 +626,7 @@ def read_texts(args: Args) -> tuple[list, list[tuple], list[tuple]]:
     """
     demonstrations, comparisons = [], []
     if args.dataset == "reviews":
-        demonstrations = draw_reviews(12_000, random.Random(args.seed))
+        demonstrations = draw_reviews(20_000, random.Random(args.seed))
         prompts = [prompt for prompt, _ in demonstrations]
     else:
         wanted = {"chosen", "rejected"}, {"prompt"}
