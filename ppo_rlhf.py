@@ -46,8 +46,8 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -1011,6 +1011,40 @@ def compare_own_samples(policy: Policy, prompts: list, tokenizer, args: Args) ->
     return comparisons
 
 
+def train_sft(policy: Policy, data: Data, args: Args, log: "RunLog") -> None:
+    """Stage 1."""
+    minibatches = shuffled_minibatches(data.demonstrations, args.sft_epochs, args.minibatch_size,
+                                       random.Random(args.seed))
+    fit("sft", policy, minibatches, sft_loss_sum, count_response_tokens, args.sft_learning_rate,
+        args, log)
+    value = perplexity(policy, data.eval_demonstrations, args.microbatch_size)
+    print(f"sft          perplexity {value:.3f} on {len(data.eval_demonstrations)} "
+          "evaluation demonstrations")
+    log.scalars({"sft/perplexity": value}, len(minibatches))
+
+
+def train_reward_model(policy: Policy, data: Data, tokenizer, args: Args, log: "RunLog"):
+    """Stage 2. Returns: the reward model, saved and frozen."""
+    if args.dataset == "reviews":
+        rng = random.Random(args.seed)
+        prompts = rng.choices(data.prompts, k=6000)
+        data.comparisons = compare_own_samples(policy, prompts, tokenizer, args)
+        eval_prompts = rng.choices(data.eval_prompts, k=500)
+        data.eval_comparisons = compare_own_samples(policy, eval_prompts, tokenizer, args)
+    reward_model, reward_tokenizer = new_reward_model(policy, tokenizer)
+    minibatches = shuffled_minibatches(data.comparisons, args.reward_epochs, args.minibatch_size,
+                                       random.Random(args.seed))
+    fit("reward_model", reward_model, minibatches, reward_loss_sum, len, args.reward_learning_rate,
+        args, log)
+    share = accuracy(reward_model, data.eval_comparisons, args.microbatch_size)
+    print(f"reward_model accuracy {share:.3f} on {len(data.eval_comparisons)} "
+          "evaluation comparisons")
+    log.scalars({"reward_model/accuracy": share}, len(minibatches))
+    reward_model.save_pretrained(log.run_dir / "reward_model")
+    reward_tokenizer.save_pretrained(log.run_dir / "reward_model")
+    return reward_model.requires_grad_(False)
+
+
 # ==================================================================================================
 # The PPO math: pure functions of tensors
 # ==================================================================================================
@@ -1197,23 +1231,32 @@ def load_reward_fn(name: str) -> Callable:
         refuse(f"--reward-fn {name} cannot be loaded ({first_line(error)}); give FILE.py:FUNCTION.")
 
 
-def make_score(args: Args, policy: Policy, tokenizer, reward_model, reward_tokenizer) -> Callable:
-    """The function score(prompts, responses) of this run."""
+def load_given_reward(args: Args, policy: Policy, tokenizer, data: Data) -> tuple:
+    """What --reward-fn or --reward-model names, tried on two responses before anything is trained.
+
+    Returns: score, reward model, and whether it reads the policy's token ids; or (None, None,
+    False), where the run has to train its own.
+    """
+    if args.reward_fn is None and args.reward_model is None:
+        return None, None, False
+    reward_model, same_tokens = None, False
     if args.reward_fn is not None:
-        return functools.partial(score_by_function, function=load_reward_fn(args.reward_fn),
-                                 name=args.reward_fn, tokenizer=tokenizer)
-    translate = None
-    if not reads_same_tokens(reward_tokenizer, tokenizer):
-        translate = functools.partial(retokenise, tokenizer=tokenizer,
-                                      eos_ids=policy.eos_ids.tolist(),
+        score = functools.partial(score_by_function, function=load_reward_fn(args.reward_fn),
+                                  name=args.reward_fn, tokenizer=tokenizer)
+    else:
+        reward_model, reward_tokenizer = load_reward_model(args.reward_model, policy.eos_ids.device)
+        same_tokens = tokenizer.get_vocab().items() <= reward_tokenizer.get_vocab().items()
+        translate = functools.partial(retokenise, tokenizer=tokenizer, eos_ids=policy.eos_ids,
                                       reward_tokenizer=reward_tokenizer)
-    return functools.partial(score_by_model, reward_model=reward_model, retokenise=translate,
-                             microbatch_size=args.microbatch_size)
-
-
-def reads_same_tokens(reward_tokenizer, tokenizer) -> bool:
-    """Whether every token id of the policy means the same to the reward model."""
-    return tokenizer.get_vocab().items() <= reward_tokenizer.get_vocab().items()
+        score = functools.partial(score_by_model, reward_model=reward_model,
+                                  retokenise=None if same_tokens else translate,
+                                  microbatch_size=args.microbatch_size)
+    examples = data.demonstrations[:2] or [(prompt, prompt) for prompt in data.prompts[:2]]
+    scores = score([x[0] for x in examples], [x[1] for x in examples])
+    if scores.dim() == 2 and args.score_norm != "none":
+        refuse(f"--score-norm {args.score_norm} needs one score per response, and --reward-fn "
+               f"{args.reward_fn} returns one per token; use --score-norm none.")
+    return score, reward_model, same_tokens
 
 
 # ==================================================================================================
@@ -1269,10 +1312,10 @@ class Rollout:
         """Token ids of each response, EOS included."""
         return unpad_rows(self.sequence_ids[:, -self.response_len :], self.response_mask)
 
-    def rows(self, index: Tensor) -> "Rollout":
-        """Some of the episodes."""
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Rollout(**{k: None if x is None else x[index] for k, x in columns.items()})
+    def select(self, idx: Iterable[int]) -> "Rollout":
+        """The rollout of some episodes."""
+        tensors, idx = vars(self).items(), torch.tensor(list(idx))
+        return Rollout(**{name: None if x is None else x[idx] for name, x in tensors})
 
 
 @torch.no_grad()
@@ -1328,8 +1371,8 @@ def collect_rollout(
     sequence_ids = torch.cat([prompt_ids, response_ids], dim=1)  # (batch, seq_len)
     sequence_mask = torch.cat([prompt_mask, response_mask], dim=1)
     parts = []
-    for rows in torch.arange(len(prompts)).split(args.microbatch_size):
-        inputs = sequence_ids[rows], sequence_mask[rows], response_ids.shape[1]
+    for idx in torch.arange(len(prompts)).split(args.microbatch_size):
+        inputs = sequence_ids[idx], sequence_mask[idx], response_ids.shape[1]
         # Old log-probabilities come from the forward pass that the update will use, not from the
         # sampler's: its cache rounds differently, and the ratio would start away from 1.
         old_logprobs, entropies, old_values = actor_critic(*inputs)
@@ -1387,18 +1430,20 @@ def compute_advantages(rollout: Rollout, args: Args) -> tuple[Tensor, Tensor]:
 
 
 def update_policy(
-    actor_critic: ActorCritic, optimizer, rollout: Rollout, kl_coef: float, args: Args,
-    rng: random.Random, backward_ptx: Callable,
+    actor_critic: ActorCritic, optimizer, rollout: Rollout, kl_coef: float, args: Args, seed: int,
+    sft_policy: Policy, demonstrations: list,
 ) -> dict[str, float]:
-    """A few epochs of minibatch steps on one batch. Returns: statistics, each a mean over steps."""
-    steps = []
+    """A few epochs of minibatch steps on one batch. Returns: statistics, means over the steps."""
+    rng, num_episodes, steps = random.Random(seed), len(rollout.ended), []
     for _ in range(args.update_epochs):
         epoch = []
-        for rows in shuffled_minibatches(range(len(rollout.ended)), 1, args.minibatch_size, rng):
-            minibatch = rollout.rows(torch.tensor(rows))
-            stats = backward_minibatch(actor_critic, minibatch, kl_coef, args)
-            if args.ptx_coef > 0:
-                stats["ptx_loss"] = backward_ptx(rng)
+        for idx in shuffled_minibatches(range(num_episodes), 1, args.minibatch_size, rng):
+            stats = backward_minibatch(actor_critic, rollout.select(idx), kl_coef, args)
+            if args.ptx_coef > 0:  # InstructGPT's PPO-ptx: as many demonstrations as responses
+                sample = rng.choices(demonstrations, k=args.minibatch_size)
+                stats["ptx_loss"] = accumulate_gradients(
+                    sft_loss_sum, sft_policy, sample, count_response_tokens(sample),
+                    args.microbatch_size, args.ptx_coef)
             norm = nn.utils.clip_grad_norm_(actor_critic.parameters(), args.max_grad_norm)
             stats["grad_norm"] = norm.item()
             for name, value in stats.items():
@@ -1411,7 +1456,10 @@ def update_policy(
         if args.target_kl is not None and approx_kl > args.target_kl:
             break
     means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-    return means | {"ratio_first": steps[0]["ratio_first"]}
+    means["ratio_first"] = steps[0]["ratio_first"]  # no mean: before the first step it must be 1
+    means["explained_variance"] = explained_variance(rollout.returns, rollout.old_values,
+                                                     rollout.response_mask)
+    return means
 
 
 def backward_minibatch(
@@ -1424,19 +1472,19 @@ def backward_minibatch(
     Source: PPO paper, eq. 9.
     """
     totals, ratio_first = {}, 1.0
-    for rows in torch.arange(len(minibatch.ended)).split(args.microbatch_size):
-        batch = minibatch.rows(rows)
-        mask, old_logprobs = batch.response_mask, batch.old_logprobs
-        new_logprobs, entropies, new_values = actor_critic(
-            batch.sequence_ids, batch.sequence_mask, batch.response_len)  # (batch, response_len)
-        pg_loss, clipfrac = policy_loss(new_logprobs, old_logprobs, batch.advantages, mask,
-                                        args.clip_coef)
-        vf_loss, vf_clipfrac = value_loss(new_values, batch.old_values, batch.returns, mask,
-                                          args.vf_clip_coef)
+    for idx in split_list(range(len(minibatch.ended)), args.microbatch_size):
+        microbatch = minibatch.select(idx)
+        mask, old_logprobs = microbatch.response_mask, microbatch.old_logprobs
+        new_logprobs, entropies, new_values = actor_critic(  # (microbatch, response_len) each
+            microbatch.sequence_ids, microbatch.sequence_mask, microbatch.response_len)
+        pg_loss, clipfrac = policy_loss(new_logprobs, old_logprobs, microbatch.advantages,
+                                        mask, args.clip_coef)
+        vf_loss, vf_clipfrac = value_loss(new_values, microbatch.old_values, microbatch.returns,
+                                          mask, args.vf_clip_coef)
         mean_entropy = masked_mean(entropies, mask)
         loss = pg_loss + args.vf_coef * vf_loss - args.ent_coef * mean_entropy
         if args.kl_in == "loss":
-            kl = kl_penalty(new_logprobs, batch.ref_logprobs, args.kl_estimator)
+            kl = kl_penalty(new_logprobs, microbatch.ref_logprobs, args.kl_estimator)
             loss = loss + kl_coef * masked_mean(kl, mask)
         share = mask.sum() / minibatch.response_mask.sum()
         (share * loss).backward()
@@ -1451,14 +1499,6 @@ def backward_minibatch(
         for name, value in stats.items():
             totals[name] = totals.get(name, 0.0) + (share * value).item()
     return totals | {"ratio_first": ratio_first}
-
-
-def backward_ptx(rng: random.Random, *, policy: Policy, demonstrations: list, args: Args) -> float:
-    """Add the gradient of ptx_coef · SFT loss on a minibatch of demonstrations (InstructGPT)."""
-    sample = rng.choices(demonstrations, k=args.minibatch_size)
-    num_terms = count_response_tokens(sample)
-    return accumulate_gradients(sft_loss_sum, policy, sample, num_terms, args.microbatch_size,
-                                args.ptx_coef)
 
 
 def explained_variance(returns: Tensor, values: Tensor, mask: Tensor) -> float:
@@ -1586,27 +1626,28 @@ class RunLog:
 
     def iteration(self, number: int, metrics: dict, stats: dict, perf: dict, rollout: Rollout):
         """One PPO iteration: curves over episodes, a jsonl object, a line on the console."""
-        episodes = number * self.args.batch_size
-        scalars = {f"{group}/{key}": value
-                   for group, values in (("rollout", metrics), ("ppo", stats), ("perf", perf))
-                   for key, value in values.items()}
-        self.scalars(scalars, episodes)
-        counters = {"iteration": number, "episodes": episodes, "wall_time": time.time()}
-        self.append("metrics.jsonl", counters | scalars)
-        gold = ""
-        if "gold_mean" in metrics:
-            gold = (f"gold {metrics['gold_mean']:5.2f} | "
-                    f"grammatical {metrics['grammatical']:4.0%} | ")
-        print(f"ppo {number:>4}/{self.args.total_episodes // self.args.batch_size} | "
-              f"score {metrics['score_mean']:5.2f} | {gold}KL {metrics['kl']:5.2f} nats | "
-              f"{metrics['response_len']:4.1f} tokens | EOS {metrics['eos_share']:4.0%} | "
-              f"clipped {stats['clipfrac']:3.0%} | {perf['episodes_per_s']:.0f} episodes/s",
-              flush=True)
-        if number % self.args.log_samples_interval == 0:
+        args, num_iterations = self.args, self.args.total_episodes // self.args.batch_size
+        seconds = time.perf_counter() - perf.pop("start")
+        perf |= {"episodes_per_s": args.batch_size / seconds, "peak_memory_gb": peak_memory_gb()}
+        counters = {"iteration": number, "episodes": number * args.batch_size}
+        groups = {"rollout": metrics, "ppo": stats, "perf": perf}
+        scalars = {f"{group}/{name}": x for group in groups for name, x in groups[group].items()}
+        self.scalars(scalars, counters["episodes"])
+        self.append("metrics.jsonl", counters | {"wall_time": time.time()} | scalars)
+        gold = "gold {gold_mean:5.2f} | grammatical {grammatical:4.0%} | "
+        print(f"ppo {number:>4}/{num_iterations} | score {metrics['score_mean']:5.2f} | "
+              f"{gold.format(**metrics) if 'gold_mean' in metrics else ''}"
+              f"KL {metrics['kl']:5.2f} nats | {metrics['response_len']:4.1f} tokens | "
+              f"EOS {metrics['eos_share']:4.0%} | clipped {stats['clipfrac']:3.0%} | "
+              f"{perf['episodes_per_s']:.0f} episodes/s", flush=True)
+        if args.dtype == "float32" and abs(stats["ratio_first"] - 1) > 1e-3:
+            print(f"warning: the ratio starts at {stats['ratio_first']}, not 1: old and new "
+                  "log-probabilities are computed differently; is the model deterministic?")
+        if number % args.log_samples_interval == 0:
             self.samples(counters, rollout)
 
     def samples(self, counters: dict, rollout: Rollout) -> None:
-        """Two responses, with score, KL and total: what PPO maximises (normalised score − KL)."""
+        """Two responses, with raw score, KL, and total: the sum of what PPO rewards."""
         texts = decode_texts(self.tokenizer, rollout.prompts[:2], rollout.responses[:2])
         for i, (prompt, response) in enumerate(texts):
             score, kl = response_scores(rollout)[i].item(), response_kl(rollout)[i].item()
@@ -1626,9 +1667,9 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = time.perf_counter() - start_time
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """Most memory in use so far: of the GPU, or of the process on CPU."""
-    if device.type == "cuda":
+def peak_memory_gb() -> float:
+    """Most memory in use so far: of the GPU, or of the process where no GPU was used."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
         return torch.cuda.max_memory_allocated() / 1e9
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes / (1e9 if sys.platform == "darwin" else 1e6)  # macOS counts bytes
@@ -1670,40 +1711,6 @@ def print_plan(args: Args, policy: Policy) -> None:
 # ==================================================================================================
 
 
-def train_sft(policy: Policy, data: Data, args: Args, log: RunLog) -> None:
-    """Stage 1."""
-    minibatches = shuffled_minibatches(data.demonstrations, args.sft_epochs, args.minibatch_size,
-                                       random.Random(args.seed))
-    fit("sft", policy, minibatches, sft_loss_sum, count_response_tokens, args.sft_learning_rate,
-        args, log)
-    value = perplexity(policy, data.eval_demonstrations, args.microbatch_size)
-    print(f"sft          perplexity {value:.3f} on {len(data.eval_demonstrations)} "
-          "evaluation demonstrations")
-    log.scalars({"sft/perplexity": value}, len(minibatches))
-
-
-def train_reward_model(policy: Policy, data: Data, tokenizer, args: Args, log: RunLog):
-    """Stage 2. Returns: the reward model, frozen and saved, and its tokenizer."""
-    if args.dataset == "reviews":
-        rng = random.Random(args.seed)
-        prompts = rng.choices(data.prompts, k=6000)
-        data.comparisons = compare_own_samples(policy, prompts, tokenizer, args)
-        eval_prompts = rng.choices(data.eval_prompts, k=500)
-        data.eval_comparisons = compare_own_samples(policy, eval_prompts, tokenizer, args)
-    reward_model, reward_tokenizer = new_reward_model(policy, tokenizer)
-    minibatches = shuffled_minibatches(data.comparisons, args.reward_epochs, args.minibatch_size,
-                                       random.Random(args.seed))
-    fit("reward_model", reward_model, minibatches, reward_loss_sum, len, args.reward_learning_rate,
-        args, log)
-    share = accuracy(reward_model, data.eval_comparisons, args.microbatch_size)
-    print(f"reward_model accuracy {share:.3f} on {len(data.eval_comparisons)} "
-          "evaluation comparisons")
-    log.scalars({"reward_model/accuracy": share}, len(minibatches))
-    reward_model.save_pretrained(log.run_dir / "reward_model")
-    reward_tokenizer.save_pretrained(log.run_dir / "reward_model")
-    return reward_model.requires_grad_(False), reward_tokenizer
-
-
 def check_data(args: Args, data: Data) -> None:
     """Refuse a run whose data lack what a stage needs."""
     if not data.demonstrations and (args.sft_epochs > 0 or args.ptx_coef > 0):
@@ -1713,16 +1720,6 @@ def check_data(args: Args, data: Data) -> None:
     if own_reward_model and not data.comparisons and args.dataset != "reviews":
         refuse(f"--dataset {args.dataset} has no comparisons to train a reward model on; give "
                "--reward-model or --reward-fn.")
-
-
-def check_score(score: Callable, data: Data, args: Args) -> None:
-    """Try a given reward on two responses before anything is trained."""
-    examples = data.demonstrations[:2] or [(prompt, prompt) for prompt in data.prompts[:2]]
-    prompts, responses = zip(*examples, strict=True)
-    scores = score(list(prompts), list(responses))
-    if scores.dim() == 2 and args.score_norm != "none":
-        refuse(f"--score-norm {args.score_norm} needs one score per response, and --reward-fn "
-               f"{args.reward_fn} returns one per token; use --score-norm none.")
 
 
 def measure_score_norm(policy: Policy, score: Callable, data: Data, args: Args) -> ScoreNorm:
@@ -1741,10 +1738,19 @@ def make_optimizer(actor_critic: ActorCritic, args: Args) -> torch.optim.Optimiz
     """Adam with one group for the policy and one for what belongs to the critic alone."""
     critic = [x for name, x in actor_critic.named_parameters() if not name.startswith("policy.")]
     policy = list(actor_critic.policy.parameters())
-    groups = [{"params": policy, "lr": args.learning_rate, "peak": args.learning_rate},
-              {"params": critic, "lr": args.critic_learning_rate,
-               "peak": args.critic_learning_rate}]
+    groups = [{"params": policy, "lr": args.learning_rate},
+              {"params": critic, "lr": args.critic_learning_rate}]
     return torch.optim.Adam(groups, eps=1e-5)  # [37 details, core #3]
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, iteration: int, args: Args) -> float:
+    """Learning rates of an iteration, for policy and critic. Returns: the policy's."""
+    num_iterations = args.total_episodes // args.batch_size
+    scale = lr_scale(iteration, num_iterations, args.lr_warmup, args.anneal_lr)
+    for group, peak in zip(optimizer.param_groups,
+                           (args.learning_rate, args.critic_learning_rate), strict=True):
+        group["lr"] = scale * peak
+    return scale * args.learning_rate
 
 
 def main(args: Args) -> None:
@@ -1756,13 +1762,8 @@ def main(args: Args) -> None:
     lm, tokenizer, data = prepare_data(args)
     policy = make_policy(lm, tokenizer, args.temperature, args.dtype).to(device)
     sft_policy = make_policy(lm, tokenizer, 1.0, args.dtype).to(device)  # the same weights
-    reward_model = reward_tokenizer = score = None
-    if args.reward_model is not None:
-        reward_model, reward_tokenizer = load_reward_model(args.reward_model, device)
+    score, reward_model, same_tokens = load_given_reward(args, policy, tokenizer, data)
     check_data(args, data)
-    if args.reward_model is not None or args.reward_fn is not None:
-        score = make_score(args, policy, tokenizer, reward_model, reward_tokenizer)
-        check_score(score, data, args)
     print_plan(args, policy)
     log = RunLog(run_dir, tokenizer, args)
 
@@ -1773,28 +1774,22 @@ def main(args: Args) -> None:
 
     # Stage 2: reward model
     if score is None:
-        reward_model, reward_tokenizer = train_reward_model(policy, data, tokenizer, args, log)
-        score = make_score(args, policy, tokenizer, reward_model, reward_tokenizer)
+        reward_model, same_tokens = train_reward_model(policy, data, tokenizer, args, log), True
+        score = functools.partial(score_by_model, reward_model=reward_model, retokenise=None,
+                                  microbatch_size=args.microbatch_size)
 
     # Stage 3: PPO
     reference = copy.deepcopy(policy).requires_grad_(False)
-    score_norm = measure_score_norm(policy, score, data, args)
-    same_tokens = reward_model is not None and reads_same_tokens(reward_tokenizer, tokenizer)
+    score_norm, kl_coef = measure_score_norm(policy, score, data, args), args.kl_coef
     actor_critic = make_actor_critic(args, policy, reward_model, same_tokens, score_norm).to(device)
-    optimizer, kl_coef = make_optimizer(actor_critic, args), args.kl_coef
+    optimizer = make_optimizer(actor_critic, args)
     before = evaluate(actor_critic, reference, score, data, tokenizer, args)
-    num_iterations = args.total_episodes // args.batch_size
-    ptx = functools.partial(backward_ptx, policy=sft_policy, args=args,
-                            demonstrations=data.demonstrations)
-    for iteration in range(1, num_iterations + 1):
-        start_time, perf = time.perf_counter(), {}
-        scale = lr_scale(iteration, num_iterations, args.lr_warmup, args.anneal_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = scale * group["peak"]
-
+    for iteration in range(1, args.total_episodes // args.batch_size + 1):
+        perf = {"start": time.perf_counter()}
+        learning_rate = set_learning_rates(optimizer, iteration, args)
+        seed = args.seed * 1_000_003 + iteration  # the same numbers, whatever came before
+        prompts = prompt_batch(data.prompts, iteration, args.batch_size, args.seed)
         with timed(perf, "rollout_s"):
-            prompts = prompt_batch(data.prompts, iteration, args.batch_size, args.seed)
-            seed = args.seed * 1_000_003 + iteration  # its own random numbers, whatever came before
             rollout = collect_rollout(actor_critic, reference, prompts, args, seed)
         with timed(perf, "score_s"):
             rollout.scores = score(rollout.prompts, rollout.responses).to(device)
@@ -1805,17 +1800,9 @@ def main(args: Args) -> None:
             print(f"ppo          ends: KL {metrics['kl']:.2f} nats > --max-kl {args.max_kl}")
             break
         with timed(perf, "update_s"):
-            stats = update_policy(actor_critic, optimizer, rollout, kl_coef, args,
-                                  random.Random(seed), ptx)
-        if args.dtype == "float32" and abs(stats["ratio_first"] - 1) > 1e-3:
-            print(f"warning: the ratio starts at {stats['ratio_first']}, not 1: old and new "
-                  "log-probabilities are computed differently; is the model deterministic?")
-
-        stats |= {"kl_coef": kl_coef, "learning_rate": scale * args.learning_rate,
-                  "explained_variance": explained_variance(
-                      rollout.returns, rollout.old_values, rollout.response_mask)}
-        perf |= {"episodes_per_s": args.batch_size / (time.perf_counter() - start_time),
-                 "peak_memory_gb": peak_memory_gb(device)}
+            stats = update_policy(actor_critic, optimizer, rollout, kl_coef, args, seed,
+                                  sft_policy, data.demonstrations)
+        stats |= {"kl_coef": kl_coef, "learning_rate": learning_rate}
         log.iteration(iteration, metrics, stats, perf, rollout)
         if args.kl_target is not None:
             kl_coef = adaptive_kl_coef(kl_coef, metrics["kl"], args.kl_target, args.batch_size,

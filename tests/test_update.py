@@ -20,7 +20,6 @@ from ppo_rlhf import (
     ScoreNorm,
     accumulate_gradients,
     backward_minibatch,
-    backward_ptx,
     collect_rollout,
     compute_advantages,
     compute_rewards,
@@ -69,7 +68,7 @@ def run_update(args, rng=0):
     """One update_policy. Returns: its statistics and the policy's parameters after it."""
     actor_critic, rollout = setting(args)
     optimizer = make_optimizer(actor_critic, args)
-    stats = update_policy(actor_critic, optimizer, rollout, 0.05, args, random.Random(rng), None)
+    stats = update_policy(actor_critic, optimizer, rollout, 0.05, args, rng, None, [])
     return stats, torch.cat([x.detach().flatten() for x in actor_critic.parameters()])
 
 
@@ -91,14 +90,14 @@ def test_the_mean_of_the_parts_means_would_be_another_gradient():
     right = gradient(actor_critic)
     actor_critic.zero_grad()
     for i in range(8):
-        backward_minibatch(actor_critic, rollout.rows(torch.tensor([i])), 0.05, ARGS)
+        backward_minibatch(actor_critic, rollout.select([i]), 0.05, ARGS)
     assert not torch.allclose(gradient(actor_critic) / 8, right, atol=1e-3)
 
 
 def test_the_order_of_the_rows_changes_nothing():
     actor_critic, rollout = setting()
     forward = backward_minibatch(actor_critic, rollout, 0.05, ARGS)
-    backward = backward_minibatch(actor_critic, rollout.rows(torch.arange(8).flip(0)), 0.05, ARGS)
+    backward = backward_minibatch(actor_critic, rollout.select(range(7, -1, -1)), 0.05, ARGS)
     assert forward == pytest.approx(backward, abs=1e-5)
 
 
@@ -147,14 +146,19 @@ def test_the_reward_loss_is_bradley_terry():
     assert torch.allclose(loss, -torch.log(torch.sigmoid(good - bad)), atol=1e-5)
 
 
-def test_ptx_adds_the_gradient_of_the_sft_loss_times_its_coefficient():
-    policy = Policy(make_lm(), 0, [1])
-    args = replace(ARGS, ptx_coef=3.0)
-    loss = backward_ptx(random.Random(0), policy=policy, demonstrations=EXAMPLES[:1], args=args)
-    added = gradient(policy)
-    policy.zero_grad()
-    (sft_loss_sum(policy, EXAMPLES[:1]) / 2).backward()
-    assert torch.allclose(added, 3.0 * gradient(policy), atol=1e-5) and loss > 0
+def test_ptx_adds_the_gradient_of_the_sft_loss_times_its_coefficient(monkeypatch):
+    actor_critic, rollout = setting()
+    monkeypatch.setattr(ppo_rlhf, "backward_minibatch", lambda *x: {"approx_kl": 0.0,
+                                                                    "ratio_first": 1.0})
+    args = replace(ARGS, ptx_coef=3.0, update_epochs=1, minibatch_size=8, microbatch_size=3)
+    optimizer = torch.optim.SGD(actor_critic.parameters(), lr=0.0)
+    seen = []
+    monkeypatch.setattr(optimizer, "step", lambda: seen.append(gradient(actor_critic)))
+    update_policy(actor_critic, optimizer, rollout, 0.05, replace(args, max_grad_norm=1e9), 0,
+                  actor_critic.policy, EXAMPLES[:1])
+    actor_critic.zero_grad()
+    (sft_loss_sum(actor_critic.policy, EXAMPLES[:1]) / 2).backward()
+    assert torch.allclose(seen[0], 3.0 * gradient(actor_critic), atol=1e-5)
 
 
 # Steps -------------------------------------------------------------------------------------------
@@ -179,7 +183,7 @@ def test_targets_stay_the_same_over_the_epochs():
     actor_critic, rollout = setting(args)
     before = copy.deepcopy((rollout.old_logprobs, rollout.advantages, rollout.returns))
     optimizer = make_optimizer(actor_critic, args)
-    update_policy(actor_critic, optimizer, rollout, 0.05, args, random.Random(0), None)
+    update_policy(actor_critic, optimizer, rollout, 0.05, args, 0, None, [])
     after = rollout.old_logprobs, rollout.advantages, rollout.returns
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
@@ -195,7 +199,7 @@ def test_a_good_response_becomes_likelier_and_a_bad_one_less_likely():
     args = replace(ARGS, update_epochs=1, minibatch_size=8, microbatch_size=8)
     actor_critic, rollout = setting(args)
     optimizer = make_optimizer(actor_critic, args)
-    update_policy(actor_critic, optimizer, rollout, 0.0, args, random.Random(0), None)
+    update_policy(actor_critic, optimizer, rollout, 0.0, args, 0, None, [])
     new_logprobs, _, _ = actor_critic(rollout.sequence_ids, rollout.sequence_mask,
                                       rollout.response_len)
     moved = (new_logprobs - rollout.old_logprobs) * rollout.advantages
@@ -205,8 +209,8 @@ def test_a_good_response_becomes_likelier_and_a_bad_one_less_likely():
 def test_the_critic_learns_at_its_own_rate():
     actor_critic, rollout = setting()
     args = replace(ARGS, critic_learning_rate=1e-9)
-    update_policy(actor_critic, make_optimizer(actor_critic, args), rollout, 0.05, args,
-                  random.Random(0), None)
+    update_policy(actor_critic, make_optimizer(actor_critic, args), rollout, 0.05, args, 0,
+                  None, [])
     assert actor_critic.value_head.weight.abs().max() < 1e-6
 
 
@@ -221,7 +225,7 @@ def test_a_nan_stops_the_update_before_it_reaches_the_weights():
     before = copy.deepcopy(actor_critic.state_dict())
     with pytest.raises(FloatingPointError, match="step 1 of the update: policy_loss is nan"):
         update_policy(actor_critic, make_optimizer(actor_critic, ARGS), rollout, 0.05,
-                      replace(ARGS, minibatch_size=8, microbatch_size=8), random.Random(0), None)
+                      replace(ARGS, minibatch_size=8, microbatch_size=8), 0, None, [])
     assert all(torch.equal(x, before[name]) for name, x in actor_critic.state_dict().items())
 
 
