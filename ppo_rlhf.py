@@ -218,6 +218,8 @@ def resolve_args(args: Args) -> Args:
     if args.critic_learning_rate is None:
         args = replace(args, critic_learning_rate=args.learning_rate)
     check_args(args)
+    if args.device == "auto":
+        args = replace(args, device="cuda" if torch.cuda.is_available() else "cpu")
     return args
 
 
@@ -289,10 +291,9 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """(x − mean) / std over the entries where mask is True; without shift_mean, x / std + constant.
+    """(x − mean) / std over the entries where mask is True; without shift_mean, + mean again.
 
-    shift_mean=False keeps the mean where it was: (x − mean) / std + mean. The variance is the
-    biased one [N details, P9]. Entries outside the mask come back as 0.
+    The variance is the biased one [N details, P9]. Entries outside the mask come back as 0.
     """
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
@@ -749,6 +750,11 @@ class Policy(nn.Module):
         banned_ids = torch.tensor([] if pad_id in eos_ids else [pad_id], dtype=torch.long)
         self.register_buffer("banned_ids", banned_ids)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and its inputs have to be."""
+        return self.eos_ids.device
+
     def logits(self, ids: Tensor, mask: Tensor, num_last: int, **kwargs) -> tuple[Tensor, object]:
         """Float32 logits (batch, num_last, vocab) of the last positions, and the model's output.
 
@@ -818,15 +824,15 @@ def make_actor_critic(
 ) -> ActorCritic:
     """Policy and critic, shared or separate; see --critic."""
     if args.critic == "shared":
-        return ActorCritic(policy)
+        return ActorCritic(policy).to(policy.device)
     head = getattr(reward_model, "score", None)  # what transformers calls it in causal models
     if not (same_tokens and isinstance(head, nn.Linear)):
-        return ActorCritic(policy, copy.deepcopy(policy.lm.base_model))
+        return ActorCritic(policy, copy.deepcopy(policy.lm.base_model)).to(policy.device)
     actor_critic = ActorCritic(policy, copy.deepcopy(reward_model.base_model).requires_grad_(True))
     with torch.no_grad():  # V is at first the score so far, normalised as PPO's scores are
         actor_critic.value_head.weight.copy_(head.weight / score_norm.std)
         actor_critic.value_head.bias.fill_(-score_norm.mean / score_norm.std)
-    return actor_critic
+    return actor_critic.to(policy.device)
 
 
 def new_reward_model(policy: Policy, tokenizer):
@@ -880,8 +886,8 @@ def give_own_pad_token(reward_model, tokenizer) -> None:
 def sft_loss_sum(policy: Policy, examples: list[tuple]) -> Tensor:
     """−Σ log π(response token | tokens before), in nats; prompts are read, not trained on."""
     prompts, responses = zip(*examples, strict=True)
-    prompt_ids, prompt_mask = pad_rows(prompts, policy.pad_id, "left", policy.eos_ids.device)
-    response_ids, response_mask = pad_rows(responses, policy.pad_id, "right", policy.eos_ids.device)
+    prompt_ids, prompt_mask = pad_rows(prompts, policy.pad_id, "left", policy.device)
+    response_ids, response_mask = pad_rows(responses, policy.pad_id, "right", policy.device)
     sequence_ids = torch.cat([prompt_ids, response_ids], dim=1)  # (examples, seq_len)
     sequence_mask = torch.cat([prompt_mask, response_mask], dim=1)
     logprobs, _, _ = policy(sequence_ids, sequence_mask, response_ids.shape[1])
@@ -1024,7 +1030,7 @@ def train_sft(policy: Policy, data: Data, args: Args, log: "RunLog") -> None:
 
 
 def train_reward_model(policy: Policy, data: Data, tokenizer, args: Args, log: "RunLog"):
-    """Stage 2. Returns: the reward model, saved and frozen."""
+    """Stage 2. Returns: score, and the reward model behind it, saved and frozen."""
     if args.dataset == "reviews":
         rng = random.Random(args.seed)
         prompts = rng.choices(data.prompts, k=6000)
@@ -1042,7 +1048,9 @@ def train_reward_model(policy: Policy, data: Data, tokenizer, args: Args, log: "
     log.scalars({"reward_model/accuracy": share}, len(minibatches))
     reward_model.save_pretrained(log.run_dir / "reward_model")
     reward_tokenizer.save_pretrained(log.run_dir / "reward_model")
-    return reward_model.requires_grad_(False)
+    score = functools.partial(score_by_model, reward_model=reward_model, retokenise=None,
+                              microbatch_size=args.microbatch_size)
+    return score, reward_model.requires_grad_(False)
 
 
 # ==================================================================================================
@@ -1244,7 +1252,7 @@ def load_given_reward(args: Args, policy: Policy, tokenizer, data: Data) -> tupl
         score = functools.partial(score_by_function, function=load_reward_fn(args.reward_fn),
                                   name=args.reward_fn, tokenizer=tokenizer)
     else:
-        reward_model, reward_tokenizer = load_reward_model(args.reward_model, policy.eos_ids.device)
+        reward_model, reward_tokenizer = load_reward_model(args.reward_model, policy.device)
         same_tokens = tokenizer.get_vocab().items() <= reward_tokenizer.get_vocab().items()
         translate = functools.partial(retokenise, tokenizer=tokenizer, eos_ids=policy.eos_ids,
                                       reward_tokenizer=reward_tokenizer)
@@ -1349,14 +1357,14 @@ def sample_ids(
     policy: Policy, prompts: list, response_len: int, generator: torch.Generator
 ) -> tuple[list[list[int]], Tensor]:
     """sample_responses for lists of token ids. Returns: responses, and ended (batch,)."""
-    prompt_ids, prompt_mask = pad_rows(prompts, policy.pad_id, "left", policy.eos_ids.device)
+    prompt_ids, prompt_mask = pad_rows(prompts, policy.pad_id, "left", policy.device)
     ids, mask, ended = sample_responses(policy, prompt_ids, prompt_mask, response_len, generator)
     return unpad_rows(ids, mask), ended
 
 
 def make_generator(policy: Policy, seed: int) -> torch.Generator:
     """Random numbers for sampling, on the policy's device."""
-    return torch.Generator(policy.eos_ids.device).manual_seed(seed)
+    return torch.Generator(policy.device).manual_seed(seed)
 
 
 @torch.no_grad()
@@ -1365,7 +1373,7 @@ def collect_rollout(
 ) -> Rollout:
     """Sample a response to each prompt; read log-probabilities, entropies, values, reference."""
     policy = actor_critic.policy
-    prompt_ids, prompt_mask = pad_rows(prompts, policy.pad_id, "left", policy.eos_ids.device)
+    prompt_ids, prompt_mask = pad_rows(prompts, policy.pad_id, "left", policy.device)
     response_ids, response_mask, ended = sample_responses(
         policy, prompt_ids, prompt_mask, args.response_len, make_generator(policy, seed))
     sequence_ids = torch.cat([prompt_ids, response_ids], dim=1)  # (batch, seq_len)
@@ -1571,7 +1579,7 @@ def evaluate(
     rollout.scores = score(rollout.prompts, rollout.responses).to(rollout.old_logprobs.device)
     metrics = rollout_metrics(rollout, tokenizer, args)
     if data.eval_demonstrations:  # has it unlearnt what SFT taught?
-        lm, device = actor_critic.policy.lm, rollout.ended.device
+        lm, device = actor_critic.policy.lm, actor_critic.policy.device
         sft_policy = make_policy(lm, tokenizer, 1.0, args.dtype).to(device)
         metrics["perplexity"] = perplexity(sft_policy, data.eval_demonstrations,
                                            args.microbatch_size)
@@ -1605,12 +1613,13 @@ def print_before_after(before: tuple, after: tuple, tokenizer, args: Args) -> No
 class RunLog:
     """The files of a run: TensorBoard events, metrics.jsonl, samples.jsonl."""
 
-    def __init__(self, run_dir: Path, tokenizer, args: Args):
+    def __init__(self, tokenizer, args: Args):
         from torch.utils.tensorboard import SummaryWriter
 
-        run_dir.mkdir(parents=True)
-        self.run_dir, self.tokenizer, self.args = run_dir, tokenizer, args
-        self.writer = SummaryWriter(str(run_dir))
+        self.tokenizer, self.args = tokenizer, args
+        self.run_dir = Path(args.output_dir) / args.run_name
+        self.run_dir.mkdir(parents=True)
+        self.writer = SummaryWriter(str(self.run_dir))
         lines = [f"    {key}: {value}" for key, value in asdict(args).items()]
         self.writer.add_text("args", "\n".join(lines))
 
@@ -1675,7 +1684,7 @@ def peak_memory_gb() -> float:
     return kilobytes / (1e9 if sys.platform == "darwin" else 1e6)  # macOS counts bytes
 
 
-def save_policy(policy: Policy, tokenizer, run_dir: Path) -> None:
+def save_policy(policy: Policy, log: RunLog) -> None:
     """Write policy/ for AutoModelForCausalLM. Its `generate` samples what PPO trained: no top-p,
     no penalty, no PAD."""
     from transformers import GenerationConfig
@@ -1683,15 +1692,15 @@ def save_policy(policy: Policy, tokenizer, run_dir: Path) -> None:
     policy.lm.generation_config = GenerationConfig(
         do_sample=True, temperature=policy.temperature, top_k=0, top_p=1.0,
         eos_token_id=policy.eos_ids.tolist(), pad_token_id=policy.pad_id,
-        bos_token_id=tokenizer.bos_token_id, suppress_tokens=policy.banned_ids.tolist() or None,
+        bos_token_id=log.tokenizer.bos_token_id, suppress_tokens=policy.banned_ids.tolist() or None,
     )
-    policy.lm.save_pretrained(run_dir / "policy")
-    tokenizer.save_pretrained(run_dir / "policy")
+    policy.lm.save_pretrained(log.run_dir / "policy")
+    log.tokenizer.save_pretrained(log.run_dir / "policy")
 
 
 def print_plan(args: Args, policy: Policy) -> None:
     """Sizes and settings that follow from others, once, before any training."""
-    device, size = policy.eos_ids.device, sum(x.numel() for x in policy.lm.parameters()) / 1e6
+    device, size = policy.device, sum(x.numel() for x in policy.lm.parameters()) / 1e6
     num_steps = args.batch_size // args.minibatch_size
     reward = args.reward_fn or args.reward_model or "a reward model trained here"
     print(f"run          {args.output_dir}/{args.run_name} on {device}, {args.dtype}\n"
@@ -1756,32 +1765,29 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, iteration: int, args: A
 def main(args: Args) -> None:
     """The whole run."""
     args = resolve_args(args)
-    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    device, run_dir = torch.device("cuda" if cuda else "cpu"), Path(args.output_dir) / args.run_name
     torch.manual_seed(args.seed)
     lm, tokenizer, data = prepare_data(args)
-    policy = make_policy(lm, tokenizer, args.temperature, args.dtype).to(device)
-    sft_policy = make_policy(lm, tokenizer, 1.0, args.dtype).to(device)  # the same weights
+    policy = make_policy(lm, tokenizer, args.temperature, args.dtype).to(args.device)
+    sft_policy = make_policy(lm, tokenizer, 1.0, args.dtype).to(args.device)  # the same weights
     score, reward_model, same_tokens = load_given_reward(args, policy, tokenizer, data)
     check_data(args, data)
     print_plan(args, policy)
-    log = RunLog(run_dir, tokenizer, args)
+    log = RunLog(tokenizer, args)
 
     # Stage 1: supervised fine-tuning
     if args.sft_epochs > 0:
         train_sft(sft_policy, data, args, log)
-        save_policy(policy, tokenizer, run_dir)
+        save_policy(policy, log)
 
     # Stage 2: reward model
     if score is None:
-        reward_model, same_tokens = train_reward_model(policy, data, tokenizer, args, log), True
-        score = functools.partial(score_by_model, reward_model=reward_model, retokenise=None,
-                                  microbatch_size=args.microbatch_size)
+        score, reward_model = train_reward_model(policy, data, tokenizer, args, log)
+        same_tokens = True
 
     # Stage 3: PPO
     reference = copy.deepcopy(policy).requires_grad_(False)
     score_norm, kl_coef = measure_score_norm(policy, score, data, args), args.kl_coef
-    actor_critic = make_actor_critic(args, policy, reward_model, same_tokens, score_norm).to(device)
+    actor_critic = make_actor_critic(args, policy, reward_model, same_tokens, score_norm)
     optimizer = make_optimizer(actor_critic, args)
     before = evaluate(actor_critic, reference, score, data, tokenizer, args)
     for iteration in range(1, args.total_episodes // args.batch_size + 1):
@@ -1792,7 +1798,7 @@ def main(args: Args) -> None:
         with timed(perf, "rollout_s"):
             rollout = collect_rollout(actor_critic, reference, prompts, args, seed)
         with timed(perf, "score_s"):
-            rollout.scores = score(rollout.prompts, rollout.responses).to(device)
+            rollout.scores = score(rollout.prompts, rollout.responses).to(policy.device)
         rollout.rewards = compute_rewards(rollout, score_norm, kl_coef, args)
         rollout.advantages, rollout.returns = compute_advantages(rollout, args)
         metrics = rollout_metrics(rollout, tokenizer, args)
@@ -1810,9 +1816,9 @@ def main(args: Args) -> None:
         if args.ref_update_interval and iteration % args.ref_update_interval == 0:
             reference.load_state_dict(policy.state_dict())
         if iteration % args.save_interval == 0:
-            save_policy(policy, tokenizer, run_dir)
+            save_policy(policy, log)
 
-    save_policy(policy, tokenizer, run_dir)
+    save_policy(policy, log)
     after = evaluate(actor_critic, reference, score, data, tokenizer, args)
     print_before_after(before, after, tokenizer, args)
     log.writer.close()

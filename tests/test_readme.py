@@ -1,0 +1,75 @@
+"""Claim: the README is true: its commands, names, line counts and figures.
+
+Reference: the repository itself and the committed raw results.
+Run: python -m pytest tests/test_readme.py (20 seconds)
+"""
+
+import json
+import re
+from pathlib import Path
+
+import ppo_rlhf
+
+ROOT = Path(ppo_rlhf.__file__).parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_line_count_is_right():
+    lines = len(Path(ppo_rlhf.__file__).read_text().splitlines())
+    assert int(re.search(r"`ppo_rlhf.py` \| ([\d,]+) \|", README)[1].replace(",", "")) == lines
+
+
+def test_functions_and_tests_that_it_names_exist():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", README):
+        assert f"def {name}(" in tests, name
+    for name in re.findall(r"\| `(\w+)` \| `test_", README):
+        assert hasattr(ppo_rlhf, name), name
+
+
+def test_flags_that_it_names_exist():
+    flags = set(re.findall(r"`--([\w-]+)", README))
+    assert {flag.replace("-", "_") for flag in flags} <= set(vars(ppo_rlhf.Args())) | {"logdir"}
+
+
+def test_files_that_it_shows_exist():
+    for path in re.findall(r"\]\(([\w/.]+)\)|`(benchmarks/[\w/.]+)`", README):
+        assert (ROOT / "".join(path)).exists(), path
+
+
+def test_its_reward_functions_do_what_they_say():
+    code = {}
+    for block in re.findall(r"```python\n(.*?)```", README, re.S):
+        if "pipeline" not in block:  # the judge needs a model of yours
+            exec(block, code)
+    assert code["correct"](["17 + 5 =", "1 + 1 ="], ["It is 22", "3"]) == [1.0, 0.0]
+    assert code["filtered"](["p", "p"], ["a b", "awful b"], [["a", "b"], ["awful", "b"]]) == [
+        [0.0, 1.0], [-1.0, 0.0]]
+
+
+def test_the_table_of_results_is_what_the_raw_results_say():
+    results = json.loads((ROOT / "benchmarks/results/reward_hacking.json").read_text())
+    assert len(results["runs"]) == 9 and {"cpu", "torch"} <= set(results["hardware"])
+    for run in results["runs"]:
+        tenth = len(run["episodes"]) // 10
+        gold = run["curves"]["rollout/gold_mean"]
+        after = sum(gold[-tenth:]) / tenth
+        line = f"| {run['kl_coef']:g} | {run['seed']} | {gold[0]:.2f} → {after:.2f} |"
+        assert line.replace("-", "−") in README, line
+
+
+def test_the_default_run_meets_its_goals_on_every_seed():
+    results = json.loads((ROOT / "benchmarks/results/reward_hacking.json").read_text())
+    last = {(run["kl_coef"], run["seed"]): {
+        key: sum(curve[-10:]) / 10 for key, curve in run["curves"].items()
+    } for run in results["runs"]}
+    for run in results["runs"]:
+        first = {key: curve[0] for key, curve in run["curves"].items()}
+        end, seed = last[run["kl_coef"], run["seed"]], run["seed"]
+        assert first["rollout/gold_mean"] <= 0 and abs(run["worst_ratio_first"] - 1) < 1e-5
+        if run["kl_coef"] == 0.05:
+            assert end["rollout/gold_mean"] >= 1.2 and end["rollout/kl"] <= 8
+            assert end["rollout/grammatical"] >= 0.9
+        if run["kl_coef"] == 0:
+            assert end["rollout/gold_mean"] < first["rollout/gold_mean"]
+            assert end["rollout/score_mean"] > last[0.05, seed]["rollout/score_mean"]
