@@ -639,10 +639,10 @@ def read_texts(args: Args) -> tuple[list, list[tuple], list[tuple]]:
     if args.sft_dataset is not None:
         wanted = {"prompt", "completion"}, {"text"}
         rows = read_rows("--sft-dataset", args.sft_dataset, "train", wanted)
-        demonstrations = [(row.get("prompt") or "", row["completion"]) if "completion" in row
-                          else ("", row["text"]) for row in rows]
-        demonstrations = [(x, y if isinstance(y, str) else y[-1]["content"])
-                          for x, y in demonstrations]  # messages: the answer
+        pairs = [(x["prompt"], x["completion"]) if "completion" in x else ("", x["text"])
+                 for x in rows]
+        demonstrations = [(prompt, x if isinstance(x, str) else x[-1]["content"])  # messages
+                          for prompt, x in pairs]
     return prompts, demonstrations, comparisons
 
 
@@ -1254,7 +1254,8 @@ def load_given_reward(args: Args, policy: Policy, tokenizer, data: Data) -> tupl
     else:
         reward_model, reward_tokenizer = load_reward_model(args.reward_model, policy.device)
         same_tokens = tokenizer.get_vocab().items() <= reward_tokenizer.get_vocab().items()
-        translate = functools.partial(retokenise, tokenizer=tokenizer, eos_ids=policy.eos_ids,
+        translate = functools.partial(retokenise, tokenizer=tokenizer,
+                                      eos_ids=policy.eos_ids.tolist(),
                                       reward_tokenizer=reward_tokenizer)
         score = functools.partial(score_by_model, reward_model=reward_model,
                                   retokenise=None if same_tokens else translate,
