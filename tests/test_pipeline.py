@@ -328,3 +328,19 @@ def test_an_existing_run_is_not_overwritten(tiny_args):
     with pytest.raises(SystemExit):
         main(tiny_args)
     assert read_metrics(tiny_args) == metrics
+
+
+def test_cuda_is_refused_where_there_is_none(tiny_args, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        main(replace(tiny_args, device="cuda"))
+    assert end.value.code == 2 and "--device cuda" in capsys.readouterr().err
+    assert ppo_rlhf.resolve_args(replace(tiny_args, device="auto")).device == "cpu"
+
+
+def test_defaults_follow_from_model_and_reward(tiny_args):
+    given = ppo_rlhf.resolve_args(replace(tiny_args, learning_rate=None, reward_fn="f.py:f"))
+    scratch = ppo_rlhf.resolve_args(Args())
+    assert (given.learning_rate, given.score_norm) == (3e-6, "none")
+    assert (scratch.learning_rate, scratch.score_norm) == (1e-4, "sft")
+    assert scratch.critic_learning_rate == 10 * scratch.learning_rate
