@@ -30,7 +30,9 @@ kl_coef is fixed unless --kl-target is given, gradients are clipped. From Stienn
 (2009.01325): the value head shares the policy's trunk; --critic separate is theirs. From
 InstructGPT (2203.02155): 4 epochs per batch, not 1; no pretraining mix (--ptx-coef). From all
 three: a response cut at the length limit pays --missing-eos-penalty; PAD has probability zero;
-scores of a reward model trained here are normalised. Left out: see the README.
+the critic learns at 10 times the policy's rate. Left out: see the README. Tags such as [N+
+details, 22] number the lists of implementation details in "The 37 implementation details of PPO",
+"The N implementation details of RLHF with PPO" and "The N+ implementation details of RLHF".
 """
 
 import contextlib
@@ -43,7 +45,6 @@ import json
 import math
 import random
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -831,7 +832,7 @@ def make_actor_critic(
     if not (same_tokens and isinstance(head, nn.Linear)):
         return ActorCritic(policy, copy.deepcopy(policy.lm.base_model)).to(policy.device)
     actor_critic = ActorCritic(policy, copy.deepcopy(reward_model.base_model).requires_grad_(True))
-    with torch.no_grad():  # V is at first the score so far, normalised as PPO's scores are
+    with torch.no_grad():  # V is at first the score so far, normalised as at the start of PPO
         actor_critic.value_head.weight.copy_(head.weight / score_norm.std)
         actor_critic.value_head.bias.fill_(-score_norm.mean / score_norm.std)
     return actor_critic.to(policy.device)
@@ -845,7 +846,7 @@ def new_reward_model(policy: Policy, tokenizer):
     config.num_labels, config.pad_token_id = 1, policy.pad_id
     reward_model = AutoModelForSequenceClassification.from_config(config).to(policy.lm.device)
     reward_model.base_model.load_state_dict(policy.lm.base_model.state_dict())
-    nn.init.normal_(reward_model.score.weight, std=1 / math.sqrt(config.hidden_size + 1))  # [R2]
+    nn.init.normal_(reward_model.score.weight, std=1 / math.sqrt(config.hidden_size + 1))  # N, R2
     if policy.pad_id in policy.eos_ids:
         give_own_pad_token(reward_model, tokenizer)
     return reward_model.eval(), tokenizer
@@ -902,9 +903,10 @@ def count_response_tokens(examples: list[tuple]) -> int:
 
 
 def model_scores(reward_model, sequences: list[list[int]]) -> Tensor:
-    """Raw scores (sequences,) of prompt and response in one, read at the last token.
+    """Raw scores (sequences,) of prompt and response in one.
 
-    By the model's own forward, so that the saved model gives the same scores elsewhere.
+    They are read by the model's own forward (at the last token that is not PAD), so that the saved
+    model gives the same scores elsewhere.
     """
     context = getattr(reward_model.config, "max_position_embeddings", None) or 0
     rows = [ids[-context:] for ids in sequences]
@@ -1450,7 +1452,7 @@ def update_policy(
         epoch = []
         for idx in shuffled_minibatches(range(num_episodes), 1, args.minibatch_size, rng):
             stats = backward_minibatch(actor_critic, rollout.select(idx), kl_coef, args)
-            if args.ptx_coef > 0:  # InstructGPT's PPO-ptx: as many demonstrations as responses
+            if args.ptx_coef > 0:  # PPO-ptx: as many demonstrations as responses
                 sample = rng.choices(demonstrations, k=args.minibatch_size)
                 stats["ptx_loss"] = accumulate_gradients(
                     sft_loss_sum, sft_policy, sample, count_response_tokens(sample),
@@ -1683,6 +1685,8 @@ def peak_memory_gb() -> float:
     """Most memory in use so far: of the GPU, or of the process where no GPU was used."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
         return torch.cuda.max_memory_allocated() / 1e9
+    import resource  # not on Windows
+
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes / (1e9 if sys.platform == "darwin" else 1e6)  # macOS counts bytes
 
