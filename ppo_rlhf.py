@@ -437,9 +437,8 @@ def gold_reward(prompt: str, response: str, ended: bool) -> float:
     return sentiment - 2.0 * ungrammatical - repeated - 0.5 * excess
 
 
-def gold_rewards(tokenizer, prompts: list, responses: list, ended: Tensor) -> list[float]:
-    """Gold reward of each response, given as token ids."""
-    texts = decode_texts(tokenizer, prompts, responses)
+def gold_rewards(texts: list[tuple[str, str]], ended: Tensor) -> list[float]:
+    """Gold reward of each (prompt, response)."""
     return [gold_reward(*text, end) for text, end in zip(texts, ended.tolist(), strict=True)]
 
 
@@ -1013,7 +1012,7 @@ def compare_own_samples(policy: Policy, prompts: list, tokenizer, args: Args) ->
         for _ in range(2):
             responses, ended = sample_ids(policy, chunk, args.response_len, generator)
             samples.append(responses)
-            golds.append(gold_rewards(tokenizer, chunk, responses, ended))
+            golds.append(gold_rewards(decode_texts(tokenizer, chunk, responses), ended))
         for prompt, first, second, *gold in zip(chunk, *samples, *golds, strict=True):
             prefers_first = rng.random() < 1 / (1 + math.exp(2 * (gold[1] - gold[0])))
             pair = (first, second) if prefers_first else (second, first)
@@ -1569,7 +1568,7 @@ def rollout_metrics(rollout: Rollout, tokenizer, args: Args) -> dict[str, float]
         metrics["rewards_mean"] = masked_mean(rollout.rewards, rollout.response_mask).item()
     if args.dataset == "reviews":
         texts = decode_texts(tokenizer, rollout.prompts, responses)
-        golds = gold_rewards(tokenizer, rollout.prompts, responses, ended)
+        golds = gold_rewards(texts, ended)
         grammatical = [is_grammatical(*x, end) for x, end in zip(texts, ended, strict=True)]
         metrics["gold_mean"] = sum(golds) / len(golds)
         metrics["grammatical"] = sum(grammatical) / len(grammatical)
@@ -1577,15 +1576,14 @@ def rollout_metrics(rollout: Rollout, tokenizer, args: Args) -> dict[str, float]
 
 
 def evaluate(
-    actor_critic: ActorCritic, reference: Policy, score: Callable, data: Data, tokenizer, args: Args
+    actor_critic: ActorCritic, reference: Policy, score: Callable, data: Data, tokenizer,
+    args: Args, sft_policy: Policy,
 ) -> tuple[dict[str, float], Rollout]:
     """Metrics and responses on the evaluation prompts, with the same random numbers every time."""
     rollout = collect_rollout(actor_critic, reference, data.eval_prompts, args, args.seed)
     rollout.scores = score(rollout.prompts, rollout.responses).to(rollout.old_logprobs.device)
     metrics = rollout_metrics(rollout, tokenizer, args)
     if data.eval_demonstrations:  # has it unlearnt what SFT taught?
-        lm, device = actor_critic.policy.lm, actor_critic.policy.device
-        sft_policy = make_policy(lm, tokenizer, 1.0, args.dtype).to(device)
         metrics["perplexity"] = perplexity(sft_policy, data.eval_demonstrations,
                                            args.microbatch_size)
     return metrics, rollout
@@ -1595,8 +1593,9 @@ def print_before_after(before: tuple, after: tuple, tokenizer, args: Args) -> No
     """The table that a run ends with, and two prompts answered before and after PPO."""
     (old_metrics, old), (new_metrics, new) = before, after
     gold = args.dataset == "reviews"
-    quality = [torch.tensor(gold_rewards(tokenizer, x.prompts, x.responses, x.ended)) if gold
-               else response_scores(x) for x in (old, new)]
+    texts = [decode_texts(tokenizer, x.prompts, x.responses) for x in (old, new)]
+    quality = [torch.tensor(gold_rewards(y, x.ended)) if gold else response_scores(x)
+               for x, y in zip((old, new), texts, strict=True)]
     wins = (quality[1] > quality[0]).float() + 0.5 * (quality[1] == quality[0]).float()
     labels = {
         "score_mean": "score (raw)", "gold_mean": "gold reward", "grammatical": "grammatical",
@@ -1610,8 +1609,7 @@ def print_before_after(before: tuple, after: tuple, tokenizer, args: Args) -> No
             print(f"{label:<32}{old_metrics[key]:>9.3f}{new_metrics[key]:>9.3f}")
     print(f"{'win rate by ' + ('gold reward' if gold else 'score'):<32}{0.5:>9.3f}"
           f"{wins.mean().item():>9.3f}")
-    texts = [decode_texts(tokenizer, x.prompts[:2], x.responses[:2]) for x in (old, new)]
-    for (prompt, old_response), (_, new_response) in zip(*texts, strict=True):
+    for (prompt, old_response), (_, new_response) in list(zip(*texts, strict=True))[:2]:
         print(f"\nprompt  {prompt}\n  SFT   {old_response}\n  PPO   {new_response}")
 
 
@@ -1796,7 +1794,7 @@ def main(args: Args) -> None:
     score_norm, kl_coef = measure_score_norm(policy, score, data, args), args.kl_coef
     actor_critic = make_actor_critic(args, policy, reward_model, same_tokens, score_norm)
     optimizer = make_optimizer(actor_critic, args)
-    before = evaluate(actor_critic, reference, score, data, tokenizer, args)
+    before = evaluate(actor_critic, reference, score, data, tokenizer, args, sft_policy)
     for iteration in range(1, args.total_episodes // args.batch_size + 1):
         perf = {"start": time.perf_counter()}
         learning_rate = set_learning_rates(optimizer, iteration, args)
@@ -1826,7 +1824,7 @@ def main(args: Args) -> None:
             save_policy(policy, log)
 
     save_policy(policy, log)
-    after = evaluate(actor_critic, reference, score, data, tokenizer, args)
+    after = evaluate(actor_critic, reference, score, data, tokenizer, args, sft_policy)
     print_before_after(before, after, tokenizer, args)
     log.writer.close()
 
