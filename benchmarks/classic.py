@@ -1,0 +1,146 @@
+"""The control results of the README: ppo_classic.py by CleanRL's protocol, and the paper's table 1.
+
+    pip install -r requirements.txt -r benchmarks/requirements.txt
+    python benchmarks/classic.py            # runs what is missing, two at a time, then plots
+    python benchmarks/classic.py --plot     # tables and plots from the committed results
+
+60 runs of `python ppo_classic.py`, about 100 minutes on 2 cores. Each finished run is written to
+results/classic.json at once, so an interrupted benchmark continues where it stopped. A run's figure
+is the mean return of its last 100 training episodes: noisy actions, running statistics.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, stdev
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "classic.json"
+SEEDS = [1, 2, 3]
+
+# Mean and standard deviation over 3 seeds that CleanRL publishes (docs/benchmark/ppo.md and
+# ppo_continuous_action.md) for the same environments, steps and statistic.
+PUBLISHED = {
+    "CartPole-v1": (490.04, 6.12), "Acrobot-v1": (-86.36, 1.32), "HalfCheetah-v4": (1442.64, 46.03),
+    "Hopper-v4": (2382.86, 271.74), "Walker2d-v4": (2287.95, 571.78),
+    "InvertedPendulum-v4": (963.09, 22.20),
+}
+
+# Two tasks that need other flags than the defaults; the README shows the same commands.
+FLAGS = {
+    "Pendulum-v1": "--total-timesteps 200000 --num-envs 4 --num-steps 512 --gamma 0.9 "
+                   "--learning-rate 1e-3",
+    "MountainCarContinuous-v0": "--total-timesteps 200000 --num-envs 4 --num-steps 512 "
+                                "--gamma 0.999 --ent-coef 0.01",
+}
+
+# Table 1 of the paper: mean over 7 environments of the return, 0 for a random policy, 1 for the
+# best result of any variant.
+VARIANTS = {
+    "none": ("--policy-loss none", -0.39),
+    "clip 0.2": ("--policy-loss clip", 0.82),
+    "adaptive KL 0.01": ("--policy-loss kl-adaptive --kl-target 0.01", 0.74),
+    "fixed KL 1": ("--policy-loss kl-fixed --kl-beta 1", 0.71),
+}
+TABLE1_ENVS = ["HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"]
+
+
+def jobs():
+    """Every run: (group, environment, variant, seed, flags)."""
+    for seed in SEEDS:
+        for env_id in PUBLISHED:
+            yield "published", env_id, "clip 0.2", seed, ""
+    for seed in SEEDS:
+        for env_id in TABLE1_ENVS:
+            for variant, (flags, _) in VARIANTS.items():
+                yield "table1", env_id, variant, seed, f"--total-timesteps 300000 {flags}"
+    for seed in SEEDS:
+        for env_id, flags in FLAGS.items():
+            yield "flags", env_id, "clip 0.2", seed, flags
+
+
+def hardware():
+    """What the figures were measured on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
+    packages = ("torch", "gymnasium", "mujoco", "numpy")
+    return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(),
+            "date": time.strftime("%Y-%m-%d")} | {name: version(name) for name in packages}
+
+
+def read_returns(run_dir):
+    """Steps and returns of all training episodes, from the TensorBoard events."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    points = events.Reload().Scalars("charts/episodic_return")
+    return [point.step for point in points], [point.value for point in points]
+
+
+def one_run(job):
+    """Run ppo_classic.py once in a folder of its own. Returns: its figure and its curve."""
+    group, env_id, variant, seed, flags = job
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(HERE.parent / "ppo_classic.py"), "--env-id", env_id,
+                   "--seed", str(seed), "--output-dir", folder, "--run-name", "run", *flags.split()]
+        start = time.time()
+        process = subprocess.run(command, capture_output=True, text=True)
+        result = {"group": group, "env_id": env_id, "variant": variant, "seed": seed,
+                  "flags": flags, "seconds": round(time.time() - start)}
+        if "FloatingPointError" in process.stderr:  # the bare surrogate may diverge
+            result["diverged"] = process.stderr.strip().splitlines()[-1]
+        elif process.returncode != 0:
+            raise RuntimeError(process.stderr)
+        steps, returns = read_returns(Path(folder, "run"))
+    # The curve: 50 means over equal spans of steps; empty spans are left out.
+    span, spans = max(steps) / 50, [[] for _ in range(50)]
+    for step, value in zip(steps, returns, strict=True):
+        spans[min(49, int(step / span))].append(value)
+    curve = [[round((i + 0.5) * span), round(mean(x), 2)] for i, x in enumerate(spans) if x]
+    evaluation = process.stdout.strip().splitlines()[-1]
+    return result | {"last_100": mean(returns[-100:]), "episodes": len(returns), "curve": curve,
+                     "evaluation": evaluation}
+
+
+def random_return(env_id):
+    """Mean return of 20 episodes of uniformly random actions: the zero of table 1."""
+    import gymnasium
+
+    env, returns = gymnasium.make(env_id), []
+    env.action_space.seed(1)
+    for episode in range(20):
+        env.reset(seed=episode)
+        total, done = 0.0, False
+        while not done:
+            _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+            total, done = total + float(reward), terminated or truncated
+        returns.append(total)
+    return mean(returns)
+
+
+def main():
+    """Run what is missing, two at a time, then summarise and plot."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": []}
+    done = {(r["group"], r["env_id"], r["variant"], r["seed"]) for r in results["runs"]}
+    missing = [job for job in jobs() if job[:4] not in done]
+    if "--plot" not in sys.argv and missing:
+        results["hardware"] = hardware()
+        results["random_returns"] = {env_id: random_return(env_id) for env_id in TABLE1_ENVS}
+        with ThreadPoolExecutor(2) as pool:
+            for future in as_completed([pool.submit(one_run, job) for job in missing]):
+                result = future.result()
+                results["runs"].append(result)
+                RESULTS.write_text(json.dumps(results))
+                print(f"{result['env_id']} {result['variant']} seed {result['seed']}: "
+                      f"{result['last_100']:.1f} in {result['seconds']} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,473 @@
+"""Claim: ppo_classic.py treats episode ends, actions and statistics right, and learns.
+
+Reference: sums written out by hand, torch.distributions, and environments whose observation says
+which episode and step it belongs to.
+Run: python -m pytest tests/test_classic.py (40 seconds)
+"""
+
+import math
+from dataclasses import fields, replace
+from itertools import pairwise
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Discrete
+
+import ppo_classic as ppo
+
+PENDULUM = {"env_id": "Pendulum-v1", "num_steps": 32, "num_minibatches": 2, "total_timesteps": 64}
+
+
+class Counter(gymnasium.Env):
+    """Observation (episode, step); every step is worth 1; the third one ends the episode."""
+
+    observation_space = Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = Discrete(2)
+    end = "truncated"
+
+    def __init__(self, render_mode=None):
+        self.episode = -1
+
+    def reset(self, seed=None, options=None):
+        self.episode, self.step_idx = self.episode + 1, 0
+        return self.obs(), {}
+
+    def obs(self):
+        return np.array([self.episode, self.step_idx], dtype=np.float32)
+
+    def step(self, action):
+        self.step_idx += 1
+        over = self.step_idx == 3
+        return self.obs(), 1.0, over and self.end == "terminated", over and self.end != "terminated", {}
+
+
+class Clock(Counter):
+    """Observation: the step alone."""
+
+    observation_space = Box(-np.inf, np.inf, (1,), np.float32)
+
+    def obs(self):
+        return np.array([self.step_idx], dtype=np.float32)
+
+
+class TerminatedClock(Clock):
+    """The same, but the task ends with the third step."""
+
+    end = "terminated"
+
+
+class Narrow(Counter):
+    """Two continuous actions between −0.1 and 0.1; remembers what it was given."""
+
+    action_space = Box(-0.1, 0.1, (2,), np.float32)
+    given = []
+
+    def step(self, action):
+        self.given.append(action.copy())
+        return super().step(action)
+
+
+for env_class in (Counter, Clock, TerminatedClock, Narrow):
+    gymnasium.register(f"{env_class.__name__}-v0", entry_point=env_class)
+
+
+@pytest.fixture
+def args(tmp_path):
+    """Settings of a run of two iterations on CartPole, 40 steps each."""
+    return ppo.Args(total_timesteps=80, num_envs=2, num_steps=20, num_minibatches=2, eval_episodes=1,
+                    update_epochs=2, output_dir=str(tmp_path), run_name="run")
+
+
+def train(args, **changes):
+    """Run the file. Returns: the trained agent."""
+    args = replace(args, **changes)
+    ppo.main(args)
+    return ppo.load_agent(Path(args.output_dir, args.run_name))[0]
+
+
+def make(env_id, args, num_envs=1):
+    """An untrained agent and its environments."""
+    args = ppo.resolve_args(replace(args, env_id=env_id, num_envs=num_envs))
+    torch.manual_seed(1)
+    agent = ppo.ActorCritic(ppo.make_env(env_id), args)
+    return agent, ppo.VectorEnv(env_id, num_envs, seed=1), args
+
+
+def column(*numbers):
+    """Numbers over time, (num_steps, 1)."""
+    return torch.tensor(numbers).unsqueeze(1)
+
+
+# GAE ----------------------------------------------------------------------------------------------
+
+
+def test_gae_of_three_steps_by_hand():
+    no = column(False, False, False)
+    advantages, returns = ppo.gae(column(1.0, 0.0, 2.0), column(1.0, 2.0, 3.0),
+                                  column(2.0, 3.0, 4.0), no, no, gamma=0.5, gae_lambda=0.5)
+    # δ = 1 + 0.5·2 − 1 = 1,  0 + 0.5·3 − 2 = −0.5,  2 + 0.5·4 − 3 = 1
+    # A₂ = 1,  A₁ = −0.5 + 0.25·1 = −0.25,  A₀ = 1 + 0.25·(−0.25) = 0.9375
+    assert advantages.flatten().tolist() == [0.9375, -0.25, 1.0]
+    assert returns.flatten().tolist() == [1.9375, 1.75, 4.0]
+
+
+def test_termination_drops_the_next_value_and_truncation_keeps_it():
+    yes, no = column(True), column(False)
+    inputs = column(1.0), column(0.0), column(10.0)
+    assert ppo.gae(*inputs, yes, no, 0.9, 0.95)[0].item() == 1.0  # 1
+    assert ppo.gae(*inputs, no, yes, 0.9, 0.95)[0].item() == 10.0  # 1 + 0.9·10
+
+
+def test_gae_equals_the_double_sum_over_random_episode_ends():
+    torch.manual_seed(0)
+    rewards, values, next_values = torch.randn(3, 40, 4, dtype=torch.double)
+    terminated, truncated = torch.rand(2, 40, 4) < 0.1
+    advantages, _ = ppo.gae(rewards, values, next_values, terminated, truncated, 0.9, 0.8)
+    done, zero = terminated | truncated, torch.tensor(0.0)
+    for env in range(4):
+        for t in range(40):
+            # Aₜ = Σₗ (γλ)ˡ·δₜ₊ₗ, up to the end of the episode or of the rollout
+            ends = [u for u in range(t, 40) if done[u, env]]
+            last = ends[0] if ends else 39
+            total = sum((0.9 * 0.8) ** (u - t) * (rewards[u, env] - values[u, env] + 0.9 * (
+                zero if terminated[u, env] else next_values[u, env])) for u in range(t, last + 1))
+            assert math.isclose(advantages[t, env], total, rel_tol=1e-9)
+
+
+def test_gae_in_one_column_does_not_know_its_neighbours():
+    torch.manual_seed(0)
+    inputs = [*torch.randn(3, 9, 4), *(torch.rand(2, 9, 4) < 0.2)]
+    together, _ = ppo.gae(*inputs, 0.9, 0.8)
+    alone, _ = ppo.gae(*(x[:, 2:3] for x in inputs), 0.9, 0.8)
+    assert torch.equal(together[:, 2:3], alone)
+
+
+def test_values_learn_that_a_truncated_episode_would_go_on(args):
+    changes = {"total_timesteps": 12_000, "num_envs": 4, "num_steps": 24, "gamma": 0.5,
+               "learning_rate": 3e-3, "update_epochs": 8, "gae_lambda": 0.95}
+    truncated = train(args, env_id="Clock-v0", run_name="a", **changes)
+    terminated = train(args, env_id="TerminatedClock-v0", run_name="b", **changes)
+    steps = torch.tensor([[0.0], [1.0], [2.0]])
+    # Reward 1 for ever: 1/(1 − 0.5) = 2. Three rewards of 1: 1 + 0.5 + 0.25, 1 + 0.5, 1.
+    assert torch.allclose(truncated.values(steps), torch.tensor([2.0, 2.0, 2.0]), atol=0.1)
+    assert torch.allclose(terminated.values(steps), torch.tensor([1.75, 1.5, 1.0]), atol=0.1)
+
+
+# Rollout ------------------------------------------------------------------------------------------
+
+
+def test_no_transition_joins_two_episodes(args):
+    agent, envs, args = make("Counter-v0", replace(args, num_steps=11), num_envs=3)
+    rollout = ppo.collect_rollout(agent, envs, args)
+    (episodes, steps), (next_episodes, next_steps) = rollout.obs.unbind(-1), rollout.next_obs.unbind(-1)
+    assert torch.equal(episodes, next_episodes) and torch.equal(steps + 1, next_steps)
+    assert torch.equal(rollout.done, next_steps == 3) and not rollout.terminated.any()
+    assert steps[:, 0].tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_a_rollout_begins_where_the_last_one_stopped(args):
+    agent, envs, args = make("Counter-v0", replace(args, num_steps=4))
+    rollouts = [ppo.collect_rollout(agent, envs, args) for _ in range(3)]
+    for before, after in pairwise(rollouts):
+        assert before.done[-1] or torch.equal(before.next_obs[-1], after.obs[0])
+    assert torch.cat([x.obs for x in rollouts])[:, 0, 1].tolist() == [0, 1, 2] * 4
+
+
+def test_the_reset_is_part_of_the_step_that_ends_an_episode(args):
+    envs = ppo.VectorEnv("Counter-v0", 1, seed=1)
+    assert envs.envs.metadata["autoreset_mode"] == gymnasium.vector.AutoresetMode.SAME_STEP
+
+
+def test_episodes_are_reported_with_return_length_and_step(args):
+    agent, envs, args = make("Counter-v0", replace(args, num_steps=7), num_envs=2)
+    ppo.collect_rollout(agent, envs, args)
+    assert envs.finished == [(6, 3.0, 3), (6, 3.0, 3), (12, 3.0, 3), (12, 3.0, 3)]
+
+
+def test_the_environment_gets_clipped_actions_and_the_rollout_keeps_the_draws(args):
+    Narrow.given.clear()
+    agent, envs, args = make("Narrow-v0", args)
+    rollout = ppo.collect_rollout(agent, envs, args)
+    assert rollout.actions.abs().max() > 0.1 and np.abs(Narrow.given).max() <= np.float32(0.1)
+    logprobs = torch.distributions.Normal(agent.policy.mean(rollout.obs), 1).log_prob(rollout.actions)
+    assert torch.allclose(rollout.old_logprobs, logprobs.sum(-1), atol=1e-5)
+
+
+def test_discrete_actions_are_counted_from_the_start_of_their_space():
+    assert ppo.to_env_actions(np.array([0, 2]), Discrete(3, start=5)).tolist() == [5, 7]
+
+
+def test_before_the_first_step_the_ratio_is_1(args):
+    agent, envs, args = make("Pendulum-v1", args)
+    agent.obs_norm.update(torch.randn(50, 3) * 4 + 1)
+    rollout = ppo.collect_rollout(agent, envs, args)
+    logprobs, _, values = agent(rollout.obs.flatten(0, 1)[:7], rollout.actions.flatten(0, 1)[:7])
+    assert torch.allclose(logprobs, rollout.old_logprobs.flatten()[:7], atol=1e-5)
+    assert torch.allclose(values, rollout.old_values.flatten()[:7], atol=1e-5)
+
+
+# Policies -----------------------------------------------------------------------------------------
+
+
+def test_gaussian_log_probability_and_entropy_sum_over_action_dimensions():
+    mean, log_std, actions = torch.zeros(1, 2), torch.tensor([0.0, math.log(2)]), torch.tensor([[1.0, 2.0]])
+    # Both actions lie one std away: −½·1 − log σ − ½·log 2π each, σ = 1 and 2.
+    by_hand = -1 - math.log(2) - math.log(2 * math.pi)
+    assert math.isclose(ppo.gaussian_logprobs(mean, log_std, actions).item(), by_hand, rel_tol=1e-6)
+    normal = torch.distributions.Normal(mean, log_std.exp())
+    assert torch.allclose(ppo.gaussian_entropy(log_std), normal.entropy().sum())
+
+
+def test_categorical_log_probability_and_entropy_by_hand():
+    logits = torch.tensor([[math.log(3.0), 0.0]])  # probabilities ¾ and ¼
+    assert math.isclose(ppo.logprobs_from_logits(logits, torch.tensor([0])).exp().item(), 0.75,
+                        rel_tol=1e-6)
+    by_hand = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
+    assert math.isclose(ppo.entropy(logits).item(), by_hand, rel_tol=1e-6)
+
+
+def test_samples_follow_the_softmax_of_the_logits():
+    torch.manual_seed(0)
+    policy = ppo.CategoricalPolicy(1, 3, True)
+    policy.logits = torch.nn.Linear(1, 3)
+    with torch.no_grad():
+        policy.logits.bias.copy_(torch.tensor([0.5, 0.2, 0.3]).log())
+    shares = policy.sample(torch.zeros(20_000, 1)).bincount() / 20_000
+    assert torch.allclose(shares, torch.tensor([0.5, 0.2, 0.3]), atol=0.015)  # 4 standard errors
+
+
+def test_gaussian_samples_have_the_mean_and_std_of_the_policy():
+    torch.manual_seed(0)
+    policy = ppo.GaussianPolicy(1, 2, True)
+    policy.log_std.data.copy_(torch.tensor([0.0, 1.0]))
+    with torch.no_grad():
+        actions = policy.sample(torch.zeros(20_000, 1))
+    assert torch.allclose(actions.mean(0), torch.zeros(2), atol=0.08)
+    assert torch.allclose(actions.std(0), torch.tensor([1.0, math.e]), rtol=0.03)
+
+
+def test_the_first_policy_hardly_prefers_any_action(args):
+    agent, _, _ = make("CartPole-v1", args)
+    probabilities = agent.policy.logits(torch.randn(100, 4)).softmax(-1)
+    assert (probabilities - 0.5).abs().max() < 0.01
+
+
+# Running statistics -------------------------------------------------------------------------------
+
+
+def test_running_statistics_equal_those_of_all_rows_together():
+    torch.manual_seed(0)
+    rows, stats = torch.randn(30, 2) * 5 + 3, ppo.RunningStats(2)
+    for part in rows.split([1, 20, 9]):
+        stats.update(part)
+    assert torch.allclose(stats.mean, rows.mean(0).double())
+    assert torch.allclose(stats.var, rows.var(0, correction=0).double())
+
+
+def test_observations_leave_with_mean_0_and_std_1_and_are_clipped_at_10():
+    stats = ppo.RunningStats(1)
+    stats.update(torch.tensor([[1.0], [3.0]]))  # mean 2, std 1
+    assert stats(torch.tensor([[2.0], [4.0], [100.0]])).flatten().tolist() == [0, 2, 10]
+
+
+def test_rewards_are_divided_by_the_std_of_their_discounted_sum():
+    norm, no = ppo.RewardNorm(1, gamma=0.5), column(False, False)
+    scaled = norm(column(2.0, 2.0), no)  # discounted sums 2 and 2 + 0.5·2 = 3: std 0.5
+    assert torch.allclose(scaled, column(4.0, 4.0))
+    norm(column(4.0, 0.0), column(True, False))  # 4 + 0.5·3 = 5.5, end of the episode, 0
+    assert norm.discounted.item() == 0 and norm.stats.count == 4
+    assert math.isclose(norm.stats.mean.item(), (2 + 3 + 5.5 + 0) / 4)
+
+
+def test_observation_statistics_move_after_the_update_so_that_ratios_start_at_1(args):
+    agent = train(args, **PENDULUM, num_envs=1)
+    assert agent.obs_norm.count == 64  # every observation acted on, once
+
+
+# Update -------------------------------------------------------------------------------------------
+
+
+def test_each_sample_is_used_once_per_epoch(args, monkeypatch):
+    agent, envs, args = make("Counter-v0", replace(args, num_steps=12, num_minibatches=4))
+    rollout = ppo.collect_rollout(agent, envs, args)
+    rollout.advantages, rollout.returns = torch.randn(2, 12, 1)
+    seen, forward = [], agent.forward
+    monkeypatch.setattr(agent, "forward", lambda obs, actions: seen.append(obs) or forward(obs, actions))
+    ppo.update_policy(agent, torch.optim.Adam(agent.parameters()), rollout, 0.0, args)
+    everything = sorted(rollout.obs.flatten(0, 1).tolist())
+    assert len(seen) == args.update_epochs * 4 and {len(x) for x in seen} == {3}
+    for epoch in (seen[:4], seen[4:]):
+        assert sorted(torch.cat(epoch).tolist()) == everything
+    assert not torch.equal(torch.cat(seen[:4]), torch.cat(seen[4:]))  # reshuffled
+
+
+def test_target_kl_ends_the_epochs_of_an_iteration(args, monkeypatch):
+    agent, envs, args = make("Counter-v0", replace(args, target_kl=0.01, update_epochs=5))
+    rollout = ppo.collect_rollout(agent, envs, args)
+    rollout.advantages, rollout.returns = torch.randn(2, 20, 1)
+    epochs = iter([0.005, 0.02, 0.0])
+    monkeypatch.setattr(ppo, "measure_kl", lambda *_: next(epochs))
+    stats = ppo.update_policy(agent, torch.optim.Adam(agent.parameters()), rollout, 0.0, args)
+    assert stats["approx_kl"] == 0.02 and next(epochs) == 0.0  # two epochs, not five
+
+
+def test_beta_halves_below_and_doubles_above_one_and_a_half_times_the_target():
+    assert ppo.adaptive_kl_beta(1.0, observed_kl=0.006, kl_target=0.01) == 0.5
+    assert ppo.adaptive_kl_beta(1.0, observed_kl=0.007, kl_target=0.01) == 1.0
+    assert ppo.adaptive_kl_beta(1.0, observed_kl=0.014, kl_target=0.01) == 1.0
+    assert ppo.adaptive_kl_beta(1.0, observed_kl=0.016, kl_target=0.01) == 2.0
+
+
+def test_the_gradient_of_the_kl_penalty_is_that_of_the_exact_kl():
+    old, logits = torch.tensor([0.6, 0.3, 0.1]).log(), torch.zeros(3, requires_grad=True)
+    new = logits.log_softmax(-1)
+    weighted = (old.exp() * ppo.kl_penalty(old, new)).sum()  # expectation over actions of old
+    exact = (old.exp() * (old - new)).sum()  # KL(π_old ‖ π_new)
+    grads = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (weighted, exact)]
+    assert torch.allclose(weighted, exact) and torch.allclose(*grads)
+
+
+def test_an_infinite_clip_range_is_the_bare_surrogate():
+    new, old, advantages = torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([2.0])
+    loss, clipfrac = ppo.policy_loss(new, old, advantages, math.inf)
+    assert math.isclose(loss.item(), -2 * math.e, rel_tol=1e-6) and clipfrac == 0
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    with pytest.raises(ValueError, match="shapes differ"):
+        ppo.value_loss(torch.zeros(4, 1), torch.zeros(4), torch.zeros(4), 0.2)
+
+
+# The whole run ------------------------------------------------------------------------------------
+
+
+def test_cartpole_is_learnt(args, capsys):
+    ppo.main(ppo.Args(total_timesteps=40_960, output_dir=args.output_dir, run_name="run"))
+    output = capsys.readouterr().out
+    last = [line for line in output.splitlines() if line.startswith("step")][-1]
+    assert float(last.split("return")[1].split()[0]) > 150  # a random policy: about 22
+
+
+def test_the_same_seed_gives_the_same_run(args):
+    first, second = train(args, run_name="a"), train(args, run_name="b")
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_saved_policy_evaluates_as_before_with_frozen_statistics(args, capsys):
+    agent = train(args, **PENDULUM, num_envs=1, eval_episodes=2)
+    trained = capsys.readouterr().out.splitlines()[-1]
+    run_dir = Path(args.output_dir, "run")
+    before = {name: x.clone() for name, x in agent.state_dict().items()}
+    ppo.main(ppo.Args(eval_only=run_dir, eval_episodes=2))
+    assert capsys.readouterr().out.splitlines()[-1] == trained and "Pendulum" in trained
+    ppo.evaluate(agent, replace(args, env_id="Pendulum-v1"))
+    assert all(torch.equal(x, before[name]) for name, x in agent.state_dict().items())
+
+
+def test_without_its_statistics_the_policy_is_another_one(args):
+    agent = train(args, **PENDULUM, num_envs=1)
+    obs = np.array([[0.1, 0.9, 5.0]], dtype=np.float32)
+    with_statistics = agent.act(obs, mode=True)
+    agent.obs_norm = ppo.RunningStats(3)
+    assert not np.allclose(with_statistics, agent.act(obs, mode=True), atol=1e-6)
+
+
+def test_curves_have_the_names_of_cleanrl(args):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(args, total_timesteps=800)
+    events = EventAccumulator(str(Path(args.output_dir, "run"))).Reload()
+    wanted = """charts/episodic_return charts/episodic_length charts/SPS charts/learning_rate
+        losses/policy_loss losses/value_loss losses/entropy losses/approx_kl losses/clipfrac
+        losses/explained_variance"""
+    assert set(wanted.split()) <= set(events.Tags()["scalars"])
+    rates = [point.value for point in events.Scalars("charts/learning_rate")]
+    assert np.allclose(rates, [2.5e-4 * (1 - i / 20) for i in range(20)])  # 20 iterations, to 0
+
+
+def test_the_settings_follow_the_action_space_and_flags_override_them(args, capsys):
+    assert ppo.resolve_args(ppo.Args(run_name="x")).num_steps == 128
+    continuous = ppo.resolve_args(ppo.Args(env_id="Pendulum-v1", num_envs=3, run_name="x"))
+    assert (continuous.num_steps, continuous.num_envs, continuous.norm_obs) == (2048, 3, True)
+
+
+def test_a_non_finite_reward_stops_the_run(args, monkeypatch):
+    monkeypatch.setattr(Counter, "step", lambda self, action: (self.obs(), math.nan, False, False, {}))
+    with pytest.raises(FloatingPointError, match="is nan; lower"):
+        train(args, env_id="Counter-v0")
+
+
+# What each flag changes. The weights after two iterations differ from those of the base run.
+CHANGES = {
+    "env_id": "Acrobot-v1", "total_timesteps": 120, "num_envs": 4, "num_steps": 10,
+    "num_minibatches": 4, "update_epochs": 3, "learning_rate": 1e-2, "anneal_lr": False, "gamma": 0.5,
+    "gae_lambda": 0.5, "policy_loss": "none", "clip_coef": 1e-4, "clip_vloss": False,
+    "norm_advantages": False, "ent_coef": 0.5, "vf_coef": 2.0, "max_grad_norm": 0.01,
+    "target_kl": 1e-12, "norm_obs": True, "norm_reward": True, "orthogonal_init": False, "seed": 2,
+}
+CHANGES_KL = {"kl_beta": 50.0, "kl_target": 1e-9}  # of the run with --policy-loss kl-adaptive
+ELSEWHERE = {"device", "eval_episodes", "eval_only", "capture_video", "output_dir", "run_name"}
+
+
+def test_every_flag_is_in_one_of_the_tests_below():
+    assert {x.name for x in fields(ppo.Args)} == {*CHANGES, *CHANGES_KL, *ELSEWHERE}
+
+
+@pytest.mark.parametrize("name", [*CHANGES, *CHANGES_KL])
+def test_each_flag_changes_the_trained_weights(args, name):
+    args = replace(args, policy_loss="kl-adaptive") if name in CHANGES_KL else args
+    # A first rollout far from the optimum: large steps, so that clipping has something to do.
+    args = replace(args, learning_rate=3e-3, eval_episodes=0)
+    base = train(args, run_name="base")
+    changed = train(args, run_name="changed", **{name: (CHANGES | CHANGES_KL)[name]})
+    pairs = zip(base.parameters(), changed.parameters(), strict=True)
+    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
+
+
+def test_evaluation_episodes_are_counted_and_filmed(args, capsys):
+    train(args, eval_episodes=2, capture_video=True, run_name="film")
+    assert "over 2 episodes" in capsys.readouterr().out
+    assert len(list(Path(args.output_dir, "film", "videos").glob("*.mp4"))) == 2
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"gamma": 1.5}, "--gamma 1.5 is out of range; it must be from 0 to 1"),
+    ({"gae_lambda": math.nan}, "--gae-lambda nan is out of range"),
+    ({"learning_rate": 0.0}, "--learning-rate 0.0 is out of range; it must be above 0"),
+    ({"num_envs": 0}, "--num-envs 0 is out of range; it must be 1 or more"),
+    ({"num_minibatches": 3}, "--num-minibatches 3 does not divide a rollout of --num-envs 2"),
+    ({"total_timesteps": 20}, "--total-timesteps 20 is less than one rollout of 40"),
+    ({"env_id": "CartPole-v99"}, "--env-id CartPole-v99 cannot be made"),
+    ({"env_id": "NoSuchTask-v0"}, "--env-id NoSuchTask-v0 cannot be made"),
+    ({"eval_only": Path("nowhere")}, "--eval-only nowhere has no model.pt"),
+    ({"device": "cuda"}, "--device cuda: PyTorch finds no CUDA device; use --device cpu"),
+])
+def test_bad_input_is_refused_in_one_sentence(args, capsys, monkeypatch, changes, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        ppo.main(replace(args, **changes))
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and words in message and message.count("\n") == 1
+
+
+def test_an_existing_run_is_not_overwritten(args, capsys):
+    train(args)
+    with pytest.raises(SystemExit):
+        ppo.main(args)
+    assert "--run-name run exists" in capsys.readouterr().err
+
+
+def test_other_action_spaces_are_refused(args, capsys, monkeypatch):
+    monkeypatch.setattr(Counter, "action_space", gymnasium.spaces.MultiDiscrete([2, 2]))
+    with pytest.raises(SystemExit):
+        ppo.main(replace(args, env_id="Counter-v0"))
+    assert "choose an environment with Discrete" in capsys.readouterr().err
+
+
+def test_observations_of_any_shape_become_one_row(args):
+    assert ppo.make_env("FrozenLake-v1").observation_space.shape == (16,)  # one of 16 fields
+    train(args, env_id="FrozenLake-v1", total_timesteps=40)
