@@ -409,28 +409,26 @@ def explained_variance(returns: Tensor, values: Tensor) -> float:
 
 
 class RunningStats(nn.Module):
-    """Mean and variance of all rows seen so far. Buffers: saved with the model, frozen with it."""
+    """Mean and std of all rows seen so far. Buffers: saved with the model, frozen with it."""
 
     def __init__(self, size: int):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(size, dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("std", torch.ones(size))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def update(self, rows: Tensor) -> None:
-        """Add rows (batch, size). Source: Chan et al. 1979, the sum of two sets of squares."""
-        rows = rows.to(self.mean.dtype)
+        """Add rows (batch, size). Source: Chan et al. 1979, the variance of two sets together."""
         share = len(rows) / (self.count + len(rows))  # of the new rows in all rows
         change = rows.mean(dim=0) - self.mean
-        self.var = ((1 - share) * self.var + share * rows.var(dim=0, correction=0)
+        variance = ((1 - share) * self.std**2 + share * rows.var(dim=0, correction=0)
                     + share * (1 - share) * change**2)
-        self.mean = self.mean + share * change
+        self.mean, self.std = self.mean + share * change, torch.sqrt(variance + 1e-8)
         self.count = self.count + len(rows)
 
     def forward(self, obs: Tensor) -> Tensor:
         """Observations to mean 0 and std 1, clipped to ± 10 [37 details, continuous #6, #7]."""
-        mean, std = self.mean.float(), torch.sqrt(self.var + 1e-8).float()
-        return ((obs - mean) / std).clamp(-10, 10)
+        return ((obs - self.mean) / self.std).clamp(-10, 10)
 
 
 class RewardNorm(nn.Module):
@@ -450,7 +448,7 @@ class RewardNorm(nn.Module):
             rows.append(self.gamma * self.discounted + reward)
             self.discounted = torch.where(ended, 0, rows[-1])
         self.stats.update(torch.stack(rows).reshape(-1, 1))
-        return (rewards / torch.sqrt(self.stats.var + 1e-8).float()).clamp(-10, 10)
+        return (rewards / self.stats.std).clamp(-10, 10)
 
 
 # ==================================================================================================
@@ -591,12 +589,13 @@ def collect_rollout(agent: ActorCritic, envs: VectorEnv, args: Args) -> Rollout:
     for _ in range(args.num_steps):
         obs, actions = envs.obs, agent.act(envs.obs)
         steps.append((obs, actions, *envs.step(actions)))
-    columns = [torch.as_tensor(np.stack(column)) for column in zip(*steps, strict=True)]
-    columns = [x.float() if x.is_floating_point() else x for x in columns]
-    obs, actions, next_obs, *others = (x.to(args.device) for x in columns)
-    old_logprobs, _, old_values = agent(obs, actions)
-    return Rollout(obs, actions, next_obs, *others, old_logprobs, old_values,
-                   agent.values(next_obs))
+    obs, actions, next_obs, rewards, terminated, truncated = (
+        torch.as_tensor(np.stack(column), device=args.device)
+        for column in zip(*steps, strict=True))
+    obs, next_obs, rewards = obs.float(), next_obs.float(), rewards.float()
+    old_logprobs, _, old_values = agent(obs, actions)  # (num_steps, num_envs) each
+    return Rollout(obs, actions, next_obs, rewards, terminated, truncated, old_logprobs,
+                   old_values, agent.values(next_obs))
 
 
 def update_policy(
