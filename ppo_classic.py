@@ -1,30 +1,33 @@
 """PPO on control tasks in one file: the algorithm of ppo_rlhf.py, where its results are known.
 
-    python ppo_classic.py                            # CartPole-v1, solved in under a minute on CPU
-    python ppo_classic.py --env-id HalfCheetah-v5    # the paper's settings for continuous actions
+    python ppo_classic.py                            # CartPole-v1, in under a minute on CPU
+    python ppo_classic.py --env-id HalfCheetah-v5    # continuous actions: other defaults
     python ppo_classic.py --eval-only runs/NAME --capture-video    # look at what was learnt
 
 Again and again: act for num_steps in num_envs copies of the environment, estimate advantages (GAE),
 take a few epochs of clipped steps (Schulman et al. 2017, arXiv 1707.06347, algorithm 1).
 
-Read beside ppo_rlhf.py, this file shows what RLHF changes. Functions of the same name do the same;
-arguments keep their order, and what is missing here is the mask: an environment always has a next
-step, so a rollout is a full rectangle. Instead, episodes end anywhere inside it. Shapes, in words:
+Read beside ppo_rlhf.py, this file shows what RLHF changes. Math functions of one name are the same
+but for the mask: an environment always has a next step, so a rollout is a full rectangle. Instead,
+episodes end anywhere inside it, and gae is told where. Shapes, in words:
 
     num_steps    steps per rollout: the first dimension      obs_size    numbers per observation
     num_envs     environments side by side: the second       batch       num_steps * num_envs
 
-    obs → next_obs  what an action led to: the final observation where the episode ended, never the
-                    first of the next episode
-    terminated      the task is over: nothing follows, V(next_obs) counts 0
-    truncated       only the time limit has passed: V(next_obs) stands for the rewards to come
+    next_obs     what an action led to: the final observation where the episode ended, never the
+                 first one of the next episode
+    terminated   the task is over: nothing follows, V(next_obs) counts 0
+    truncated    a time limit has passed: V(next_obs) stands for the rewards to come, as it does
+                 after the last step of a rollout
+    kl_beta      weight of the KL to the policy that sampled (kl_coef of RLHF: to the reference)
 
-Departures. From the paper: all of "The 37 implementation details of PPO" for control tasks (value
-clipping, reward scaling, orthogonal start, gradient clipping …), each with a flag, and truncation.
-From CleanRL: truncation is no termination; running statistics move once per iteration, so that old
-and new log-probabilities see the same inputs; advantages are normalised over the batch; old values
-and log-probabilities come from one pass after the rollout. Left out: Atari, recurrence, sharing a
-trunk between actor and critic.
+Departures. From the paper: the details of "The 37 implementation details of PPO" for control tasks;
+those that are a choice have a flag. From CleanRL: a time limit is no termination; observation
+statistics move once per iteration, so that old and new log-probabilities see the same inputs;
+advantages are normalised over the batch; old values and log-probabilities come from one pass after
+the rollout; losses are means over the update, and approx_kl is that of the whole update; clipfrac
+counts actions whose gradient is cut. Left out: Atari, recurrence, a trunk shared by actor and
+critic; not yet: resuming.
 """
 
 import math
@@ -40,7 +43,7 @@ import torch
 from torch import Tensor, nn
 
 # gymnasium, tyro and tensorboard are imported by the functions that use them: whoever imports this
-# file for its math needs torch alone.
+# file for its math needs torch and numpy alone.
 
 
 # ==================================================================================================
@@ -50,15 +53,17 @@ from torch import Tensor, nn
 
 @dataclass
 class Args:
-    """Every setting of a run. A default of None follows from the action space; the plan prints it.
+    """Every setting of a run.
 
-    Two numbers: for discrete actions those of CleanRL's ppo.py, for continuous ones the paper's.
+    Where the help ends in a pair, such as (4, 1), the default is the first for discrete actions
+    (those of CleanRL's ppo.py), the second for continuous ones (the paper's table 3, with the
+    details of CleanRL's ppo_continuous_action.py). The run prints all settings at its start.
     """
 
     env_id: str = "CartPole-v1"
     """Gymnasium environment with discrete or continuous (Box) actions"""
     total_timesteps: int | None = None
-    """environment steps in all (default: 500,000 discrete, 1,000,000 continuous)"""
+    """environment steps in all, rounded down to whole rollouts (500000, 1000000)"""
     num_envs: int | None = None
     """environments side by side (4, 1)"""
     num_steps: int | None = None
@@ -68,7 +73,7 @@ class Args:
     update_epochs: int | None = None
     """passes over each rollout (4, 10)"""
     learning_rate: float | None = None
-    """Adam's, for actor and critic (2.5e-4, 3e-4)"""
+    """Adam's, for actor and critic (0.00025, 0.0003)"""
     anneal_lr: bool = True
     """decay the learning rate linearly to 0"""
     gamma: float = 0.99
@@ -80,7 +85,7 @@ class Args:
     clip_coef: float = 0.2
     """policy ratio is clipped to 1 ± this"""
     clip_vloss: bool = True
-    """clip new values to the old ones ± --clip-coef"""
+    """clip new values to the old ones ± --clip-coef, in units of the return"""
     kl_beta: float = 1.0
     """weight of the KL penalty, per nat; where kl-adaptive starts"""
     kl_target: float = 0.01
@@ -88,17 +93,19 @@ class Args:
     norm_advantages: bool = True
     """shift and scale advantages to mean 0, std 1 over the batch"""
     ent_coef: float | None = None
-    """weight of the entropy bonus, per nat (0.01, 0)"""
+    """weight of the entropy bonus, per nat (0.01, 0.0)"""
     vf_coef: float = 0.5
     """weight of the value loss, which carries the factor ½"""
     max_grad_norm: float = 0.5
-    """global norm to which gradients are clipped"""
+    """global norm to which gradients are clipped; inf: not at all"""
     target_kl: float | None = None
     """approx_kl (old to new policy, nats per action) that ends the epochs of an iteration"""
     norm_obs: bool | None = None
-    """observations to mean 0, std 1 by running statistics, clipped to ± 10 (no, yes)"""
+    """True or False: observations to mean 0, std 1 by running statistics, clipped to ± 10; the
+    first iteration sees them as they are (False, True)"""
     norm_reward: bool | None = None
-    """rewards divided by the running std of the discounted return, clipped to ± 10 (no, yes)"""
+    """True or False: rewards divided by the running std of the discounted sum of past rewards,
+    then clipped to ± 10 (False, True)"""
     orthogonal_init: bool = True
     """orthogonal weights, gain √2, last layer 0.01 (actor) and 1 (critic); else PyTorch's own"""
     seed: int = 1
@@ -106,15 +113,25 @@ class Args:
     device: Literal["cpu", "cuda"] = "cpu"
     """networks of this size are faster on a CPU, in one thread"""
     eval_episodes: int = 10
-    """episodes of the final policy, with its most likely actions and frozen statistics; 0: none"""
+    """episodes of the final policy, with its likeliest actions and frozen statistics; 0: none"""
     eval_only: Path | None = None
-    """folder of a finished run: evaluate its policy, train nothing"""
+    """folder of a finished run: evaluate its policy again, train nothing"""
     capture_video: bool = False
-    """film the evaluation: runs/NAME/videos"""
+    """film the evaluation: videos/ in the folder of the run"""
     output_dir: str = "runs"
     """folder of all runs"""
     run_name: str | None = None
     """folder of this run (default: environment, seed, time)"""
+
+    @property
+    def batch_size(self) -> int:
+        """Steps per rollout over all environments."""
+        return self.num_envs * self.num_steps
+
+    @property
+    def num_iterations(self) -> int:
+        """Rollouts, and updates, in all."""
+        return self.total_timesteps // self.batch_size
 
 
 DISCRETE = {"total_timesteps": 500_000, "num_envs": 4, "num_steps": 128, "num_minibatches": 4,
@@ -131,15 +148,19 @@ def refuse(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return f"{type(error).__name__}: {error}".split("\n")[0]
+
+
 def resolve_args(args: Args) -> Args:
     """Fill in the defaults that follow from the action space, then refuse what cannot work."""
-    env = make_env(args.env_id)
-    if args.capture_video:
-        check_rendering(args.env_id)
-    defaults = DISCRETE if has_discrete_actions(env, args.env_id) else CONTINUOUS
-    env.close()
-    now = time.strftime("%Y%m%d-%H%M%S")
-    defaults = defaults | {"run_name": f"{args.env_id.split('/')[-1]}__{args.seed}__{now}"}
+    space, now = make_env(args.env_id).action_space, time.strftime("%Y%m%d-%H%M%S")
+    if not is_discrete(space) and (not hasattr(space, "low") or len(space.shape) != 1):
+        refuse(f"--env-id {args.env_id} has actions {space}; choose an environment with Discrete "
+               "or one-dimensional Box actions.")
+    defaults = {"run_name": f"{args.env_id.split('/')[-1]}__{args.seed}__{now}"}
+    defaults |= DISCRETE if is_discrete(space) else CONTINUOUS
     missing = {name: value for name, value in defaults.items() if getattr(args, name) is None}
     args = replace(args, **missing)
     check_args(args)
@@ -151,8 +172,9 @@ RANGES = [
     (lambda x: x >= 1, "1 or more",
      "total_timesteps num_envs num_steps num_minibatches update_epochs"),
     (lambda x: 0 < x < math.inf, "above 0",
-     "learning_rate clip_coef kl_beta kl_target max_grad_norm target_kl"),
-    (lambda x: 0 <= x < math.inf, "0 or more", "ent_coef vf_coef eval_episodes"),
+     "learning_rate clip_coef kl_beta kl_target target_kl"),
+    (lambda x: x > 0, "above 0", "max_grad_norm"),
+    (lambda x: 0 <= x < math.inf, "0 or more", "ent_coef vf_coef eval_episodes seed"),
     (lambda x: 0 <= x <= 1, "from 0 to 1", "gamma gae_lambda"),
 ]
 
@@ -163,16 +185,13 @@ def check_args(args: Args) -> None:
         for name in names.split():
             if (value := getattr(args, name)) is not None and not holds(value):
                 refuse(f"--{name.replace('_', '-')} {value} is out of range; it must be {wanted}.")
-    batch_size = args.num_envs * args.num_steps
     for contradiction, message in (
-        (batch_size % args.num_minibatches,
+        (args.batch_size % args.num_minibatches,
          f"--num-minibatches {args.num_minibatches} does not divide a rollout of --num-envs "
          f"{args.num_envs} x --num-steps {args.num_steps}; choose numbers that divide."),
-        (args.total_timesteps < batch_size,
-         f"--total-timesteps {args.total_timesteps} is less than one rollout of {batch_size}; "
-         "give more, or lower --num-steps."),
-        (batch_size == 1 and args.norm_advantages,
-         "--num-steps 1 with --num-envs 1 leaves nothing to normalise; raise one of them."),
+        (args.num_iterations == 0,
+         f"--total-timesteps {args.total_timesteps} is less than one rollout of "
+         f"{args.batch_size}; give more, or lower --num-steps."),
         (args.device == "cuda" and not torch.cuda.is_available(),
          "--device cuda: PyTorch finds no CUDA device; use --device cpu."),
         ((Path(args.output_dir) / args.run_name).exists(),
@@ -188,14 +207,14 @@ def check_args(args: Args) -> None:
 
 
 def make_env(env_id: str, render_mode: str | None = None):
-    """One environment with observations in one row of numbers."""
+    """One environment whose observations are one row of numbers."""
     import gymnasium
 
     try:
-        env = gymnasium.make(env_id, render_mode=render_mode, disable_env_checker=True)
+        env = gymnasium.make(env_id, render_mode=render_mode)
     except Exception as error:  # unknown name or version, or a package that is not installed
-        refuse(f"--env-id {env_id} cannot be made ({type(error).__name__}: {error}); choose one of "
-               "`python -c 'import gymnasium; gymnasium.pprint_registry()'`.")
+        refuse(f"--env-id {env_id} cannot be made ({first_line(error)}); choose one that "
+               "gymnasium.pprint_registry() lists, or install what it needs.")
     if len(env.observation_space.shape or ()) != 1:
         env = gymnasium.wrappers.FlattenObservation(env)
     return env
@@ -203,66 +222,61 @@ def make_env(env_id: str, render_mode: str | None = None):
 
 def check_rendering(env_id: str) -> None:
     """Refuse to film what cannot be drawn, before the training and not after it."""
-    env = make_env(env_id, render_mode="rgb_array")
     try:
+        import moviepy  # noqa: F401  gymnasium's RecordVideo writes with it
+
+        env = make_env(env_id, render_mode="rgb_array")
         env.reset()
         env.render()
     except Exception as error:  # each simulator fails in its own way without a display
-        refuse(f"--capture-video cannot draw {env_id} ({type(error).__name__}: {error}); on a "
-               "machine without a display try MUJOCO_GL=egl, or leave the flag out.")
+        refuse(f"--capture-video cannot film {env_id} ({first_line(error)}); on a machine without "
+               "a display try MUJOCO_GL=egl, or leave the flag out.")
     env.close()
 
 
-def has_discrete_actions(env, env_id: str) -> bool:
-    """Discrete or continuous? Other action spaces are refused."""
-    from gymnasium.spaces import Box, Discrete
+def is_discrete(space) -> bool:
+    """A choice among a few actions? Else a row of numbers."""
+    from gymnasium.spaces import Discrete
 
-    space = env.action_space
-    if not isinstance(space, Discrete) and not (isinstance(space, Box) and len(space.shape) == 1):
-        refuse(f"--env-id {env_id} has actions {space}; choose an environment with Discrete or "
-               "one-dimensional Box actions.")
     return isinstance(space, Discrete)
 
 
 def to_env_actions(actions: np.ndarray, space) -> np.ndarray:
-    """Actions as the environment takes them: clipped to its bounds, or counted from its start."""
-    if hasattr(space, "n"):
+    """Actions as the environment takes them: counted from its start, or clipped to its bounds."""
+    if is_discrete(space):
         return actions + space.start
     return np.clip(actions, space.low, space.high)
 
 
-class VectorEnv:
+class Envs:
     """num_envs environments that remember, from rollout to rollout, where each of them stands."""
 
     def __init__(self, env_id: str, num_envs: int, seed: int):
         from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
         # SAME_STEP: the step that ends an episode already returns the first observation of the
-        # next one, and the final one beside it. Gymnasium's default, NEXT_STEP, would put a step
-        # that ignores its action into every rollout: the reset.
+        # next one, and the final one beside it. Gymnasium's default, NEXT_STEP, would follow each
+        # episode with a row that is no step: its action is ignored, the environment resets.
         make = [lambda: make_env(env_id)] * num_envs
-        self.envs = SyncVectorEnv(make, autoreset_mode=AutoresetMode.SAME_STEP)
-        self.action_space = self.envs.single_action_space
-        self.obs, _ = self.envs.reset(seed=seed)  # environment i gets seed + i
+        self.vector_env = SyncVectorEnv(make, autoreset_mode=AutoresetMode.SAME_STEP)
+        self.action_space = self.vector_env.single_action_space
+        self.obs, _ = self.vector_env.reset(seed=seed)  # environment i gets seed + i
         self.episode_returns, self.episode_lens = np.zeros(num_envs), np.zeros(num_envs, dtype=int)
         self.steps_done = 0  # over all environments
         self.finished = []  # (steps done, return, length) of the episodes that have ended
 
     def step(self, actions: np.ndarray) -> tuple:
         """Act everywhere. Returns: next_obs, rewards, terminated, truncated, (num_envs, …) each."""
-        self.obs, rewards, terminated, truncated, infos = self.envs.step(
+        self.obs, rewards, terminated, truncated, infos = self.vector_env.step(
             to_env_actions(actions, self.action_space))
+        self.steps_done += len(rewards)
         self.episode_returns += rewards
         self.episode_lens += 1
-        self.steps_done += len(rewards)
-        next_obs, done = self.obs, terminated | truncated
-        if done.any():
-            next_obs = self.obs.copy()
-            for i in np.flatnonzero(done):
-                next_obs[i] = infos["final_obs"][i]
-                self.finished.append((self.steps_done, self.episode_returns[i],
-                                      self.episode_lens[i]))
-            self.episode_returns[done] = self.episode_lens[done] = 0
+        next_obs = self.obs.copy()
+        for i in np.flatnonzero(terminated | truncated):
+            next_obs[i] = infos["final_obs"][i]
+            self.finished.append((self.steps_done, self.episode_returns[i], self.episode_lens[i]))
+            self.episode_returns[i] = self.episode_lens[i] = 0
         return next_obs, rewards, terminated, truncated
 
 
@@ -272,9 +286,9 @@ class VectorEnv:
 
 
 def check_same_shape(**tensors: Tensor) -> None:
-    """Raise a ValueError unless all shapes agree: broadcasting would hide the mistake."""
-    if len({tensor.shape for tensor in tensors.values()}) > 1:
-        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+    """Raise ValueError unless all shapes agree: (batch,) minus (batch, 1) would just broadcast."""
+    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+    if len(set(shapes.values())) > 1:
         raise ValueError(f"shapes differ: {shapes}")
 
 
@@ -284,23 +298,26 @@ def whiten(x: Tensor) -> Tensor:
 
 
 def logprobs_from_logits(logits: Tensor, ids: Tensor) -> Tensor:
-    """log π(a) = logitsₐ − log Σ exp(logits), in nats.
+    """log softmax(logits) at the given ids, in nats: logits[id] − logsumexp(logits).
 
-    Args: logits (batch, actions); ids (batch,), the action taken. Returns: (batch,).
+    Args: logits (..., num_actions); ids (...), the actions taken. Returns: (...).
     """
-    return logits.log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    check_same_shape(logits=logits[..., 0], ids=ids)
+    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """−Σ p·log p, in nats: of the distribution, not of the actions drawn. (…, actions) → (…)."""
-    logprobs = logits.log_softmax(dim=-1)
-    return -(logprobs.exp() * logprobs).sum(dim=-1)
+    """Entropy of softmax(logits), in nats: H = logsumexp(z) − Σ softmax(z)·z. (..., n) -> (...)
+
+    The entropy of the distribution; −log p of the one sampled action is only an estimate of it.
+    """
+    return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
 
 
 def gaussian_logprobs(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
     """log N(a; μ, σ²) of independent dimensions: their sum, in nats [37 details, continuous #3].
 
-    Args: mean, actions (batch, action_size); log_std (action_size,). Returns: (batch,).
+    Args: mean, actions (..., action_size); log_std (action_size,). Returns: (...).
     """
     check_same_shape(mean=mean, actions=actions)
     distance = (actions - mean) * torch.exp(-log_std)
@@ -312,6 +329,19 @@ def gaussian_entropy(log_std: Tensor) -> Tensor:
     return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(dim=-1)
 
 
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k3 = exp(−d) − 1 + d, d = logprobs − ref_logprobs: KL(π ‖ π_ref) per action, in nats.
+
+    Never negative; unbiased where the actions were drawn from π. Of old and new policy the old one
+    drew them: kl_penalty(old_logprobs, new_logprobs) is KL(π_old ‖ π_new), and, as the draws do not
+    depend on π_new, its gradient is unbiased too. Args and result: one number per action.
+    Source: Schulman, "Approximating KL divergence" (2020), k3.
+    """
+    check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    log_ratio = logprobs - ref_logprobs
+    return torch.exp(-log_ratio) - 1 + log_ratio
+
+
 def gae(
     rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor,
     gamma: float, gae_lambda: float,
@@ -320,7 +350,8 @@ def gae(
 
     Aₜ = δₜ + γλ·Aₜ₊₁,  δₜ = rₜ + γ·V(next_obsₜ) − V(obsₜ).  V(next_obs) is 0 after termination,
     kept after truncation; A is cut after both: the next row belongs to another episode.
-    The returns, Aₜ + Vₜ, are the critic's targets; with λ = 1, the discounted rewards to come.
+    The returns, Aₜ + Vₜ, are the critic's targets; with λ = 1, the discounted rewards up to the end
+    of the episode, plus γᵏ·V(next_obs) where truncation or the end of the rollout cuts it short.
 
     Args: (num_steps, num_envs) each; terminated, truncated bool. Returns: advantages, returns, the
     same shape. Source: PPO paper, eqs. 11-12; Schulman et al. 2015 (1506.02438).
@@ -329,24 +360,12 @@ def gae(
                      terminated=terminated, truncated=truncated)
     deltas = rewards + gamma * torch.where(terminated, 0, next_values) - values
     decays = gamma * gae_lambda * (~(terminated | truncated)).to(values.dtype)
-    next_advantage, advantages = torch.zeros_like(values[0]), []
-    for delta, decay in zip(deltas.flip(0), decays.flip(0), strict=True):  # (num_envs,) each
-        next_advantage = delta + decay * next_advantage
-        advantages.append(next_advantage)
-    advantages = torch.stack(advantages).flip(0)
+    advantages = torch.zeros_like(rewards)
+    next_advantage = torch.zeros_like(rewards[0])  # (num_envs,)
+    for t in reversed(range(len(rewards))):
+        next_advantage = deltas[t] + decays[t] * next_advantage
+        advantages[t] = next_advantage
     return advantages, advantages + values
-
-
-def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k3 = exp(−d) − 1 + d, d = logprobs − ref_logprobs: KL(π ‖ π_ref) per action, in nats.
-
-    Unbiased and never negative where the actions were drawn from π. Of two policies, old and new,
-    the old one drew them: kl_penalty(old_logprobs, new_logprobs) is KL(π_old ‖ π_new), and, as the
-    draws do not depend on π_new, its gradient is unbiased too. Source: Schulman 2020, k3.
-    """
-    check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
-    log_ratio = logprobs - ref_logprobs
-    return torch.exp(-log_ratio) - 1 + log_ratio
 
 
 def policy_loss(
@@ -373,8 +392,8 @@ def value_loss(
 ) -> tuple[Tensor, Tensor]:
     """½·E[ max((V − R)², (V_old + clip(V − V_old, ±c) − R)²) ].
 
-    c is in units of the return: raise it, or set it to ∞, where returns are far above 1 and rewards
-    are not normalised [37 details, core #9].
+    c is in units of the return. As in CleanRL it is --clip-coef, even where returns are far above
+    1; --no-clip-vloss sets it to ∞ [37 details, core #9].
 
     Args: (batch,) each; vf_clip_coef is c. Returns: loss; clipfrac, the share of steps for which
     the clipped term counts.
@@ -391,69 +410,60 @@ def adaptive_kl_beta(kl_beta: float, observed_kl: float, kl_target: float) -> fl
     """β/2 where KL < target/1.5, 2β where KL > 1.5·target, else β. Source: PPO paper, section 4.
 
     Args: observed_kl, KL(π_old ‖ π_new) after the update, and kl_target in nats per action.
+    (adaptive_kl_coef of ppo_rlhf.py steers another KL: the one to the reference.)
     """
     if observed_kl < kl_target / 1.5:
         return kl_beta / 2
     return kl_beta * 2 if observed_kl > kl_target * 1.5 else kl_beta
 
 
-def explained_variance(returns: Tensor, values: Tensor) -> float:
-    """1 − Var(returns − values) / Var(returns): 1 for a perfect critic, 0 for a constant one."""
-    unexplained = (returns - values).var(correction=0)
-    return (1 - unexplained / (returns.var(correction=0) + 1e-8)).item()
-
-
 # ==================================================================================================
-# Running statistics of observations and rewards
+# Running statistics, actor and critic
 # ==================================================================================================
 
 
 class RunningStats(nn.Module):
-    """Mean and std of all rows seen so far. Buffers: saved with the model, frozen with it."""
+    """Mean and variance of all rows seen so far. Buffers: saved with the model, frozen with it."""
 
     def __init__(self, size: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("std", torch.ones(size))
+        self.register_buffer("var", torch.ones(size))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def update(self, rows: Tensor) -> None:
         """Add rows (batch, size). Source: Chan et al. 1979, the variance of two sets together."""
         share = len(rows) / (self.count + len(rows))  # of the new rows in all rows
         change = rows.mean(dim=0) - self.mean
-        variance = ((1 - share) * self.std**2 + share * rows.var(dim=0, correction=0)
+        self.mean = self.mean + share * change
+        self.var = ((1 - share) * self.var + share * rows.var(dim=0, correction=0)
                     + share * (1 - share) * change**2)
-        self.mean, self.std = self.mean + share * change, torch.sqrt(variance + 1e-8)
         self.count = self.count + len(rows)
 
-    def forward(self, obs: Tensor) -> Tensor:
-        """Observations to mean 0 and std 1, clipped to ± 10 [37 details, continuous #6, #7]."""
-        return ((obs - self.mean) / self.std).clamp(-10, 10)
+    def forward(self, rows: Tensor) -> Tensor:
+        """To mean 0 and std 1, clipped to ± 10 [37 details, continuous #6, #7]."""
+        return ((rows - self.mean) * torch.rsqrt(self.var + 1e-8)).clamp(-10, 10)
 
 
 class RewardNorm(nn.Module):
-    """Scales rewards so that their discounted sum has std 1, without shifting them: a shift would
-    change which behaviour is best [37 details, continuous #8, #9]."""
+    """Divides rewards by the running std of Gₜ = rₜ + γ·Gₜ₋₁, the discounted sum of the episode's
+    past rewards. No shift: it would change which behaviour is best [37 details, continuous #8, #9].
+    """
 
     def __init__(self, num_envs: int, gamma: float):
         super().__init__()
         self.gamma = gamma
         self.stats = RunningStats(1)
-        self.register_buffer("discounted", torch.zeros(num_envs))  # of the episodes under way
+        self.register_buffer("discounted", torch.zeros(num_envs))  # G of the episodes under way
 
-    def forward(self, rewards: Tensor, done: Tensor) -> Tensor:
-        """Count in the rewards (num_steps, num_envs) of a rollout, then scale and clip them."""
+    def update_and_scale(self, rewards: Tensor, done: Tensor) -> Tensor:
+        """Take in the rewards (num_steps, num_envs) of a rollout, then scale and clip them."""
         rows = []
         for reward, ended in zip(rewards, done, strict=True):  # (num_envs,) each
             rows.append(self.gamma * self.discounted + reward)
             self.discounted = torch.where(ended, 0, rows[-1])
         self.stats.update(torch.stack(rows).reshape(-1, 1))
-        return (rewards / self.stats.std).clamp(-10, 10)
-
-
-# ==================================================================================================
-# Actor and critic
-# ==================================================================================================
+        return (rewards * torch.rsqrt(self.stats.var + 1e-8)).clamp(-10, 10)
 
 
 def mlp(input_size: int, output_size: int, output_gain: float, orthogonal: bool) -> nn.Sequential:
@@ -473,20 +483,18 @@ class CategoricalPolicy(nn.Module):
         super().__init__()
         self.logits = mlp(obs_size, num_actions, 0.01, orthogonal)
 
-    def sample(self, obs: Tensor) -> Tensor:
-        """Draw actions (num_envs,): of independent Exp(pₐ) clocks, the first to ring is a with
-        probability pₐ. torch.multinomial does the same, with checks that cost more than the draw.
-        """
+    def sample(self, obs: Tensor, greedy: bool) -> Tensor:
+        """Actions (num_envs,): drawn, or the likeliest."""
         probabilities = self.logits(obs).softmax(dim=-1)  # (num_envs, num_actions)
+        if greedy:
+            return probabilities.argmax(dim=-1)
+        # The first of clocks that ring after Exp(pₐ) times is a with probability pₐ. So works
+        # torch.multinomial too, but its checks take longer than this draw.
         return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
 
-    def mode(self, obs: Tensor) -> Tensor:
-        """The most likely actions (num_envs,)."""
-        return self.logits(obs).argmax(dim=-1)
-
     def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the actions, and entropies, (batch,) each, in nats."""
-        logits = self.logits(obs)  # (batch, num_actions)
+        """Log-probabilities of the actions, and entropies: (...) each, in nats."""
+        logits = self.logits(obs)  # (..., num_actions)
         return logprobs_from_logits(logits, actions), entropy(logits)
 
 
@@ -500,17 +508,13 @@ class GaussianPolicy(nn.Module):
         self.mean = mlp(obs_size, action_size, 0.01, orthogonal)
         self.log_std = nn.Parameter(torch.zeros(action_size))
 
-    def sample(self, obs: Tensor) -> Tensor:
-        """Draw actions (num_envs, action_size)."""
+    def sample(self, obs: Tensor, greedy: bool) -> Tensor:
+        """Actions (num_envs, action_size): drawn, or the likeliest."""
         mean = self.mean(obs)
-        return mean + self.log_std.exp() * torch.randn_like(mean)
-
-    def mode(self, obs: Tensor) -> Tensor:
-        """The most likely actions (num_envs, action_size)."""
-        return self.mean(obs)
+        return mean if greedy else mean + self.log_std.exp() * torch.randn_like(mean)
 
     def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the actions, and entropies, (batch,) each, in nats."""
+        """Log-probabilities of the actions, and entropies: (...) each, in nats."""
         logprobs = gaussian_logprobs(self.mean(obs), self.log_std, actions)
         return logprobs, gaussian_entropy(self.log_std).expand_as(logprobs)
 
@@ -520,9 +524,9 @@ class ActorCritic(nn.Module):
 
     def __init__(self, env, args: Args):
         super().__init__()
-        obs_size, discrete = env.observation_space.shape[0], has_discrete_actions(env, args.env_id)
-        action_size = int(env.action_space.n) if discrete else env.action_space.shape[0]
-        make_policy = CategoricalPolicy if discrete else GaussianPolicy
+        obs_size, space = env.observation_space.shape[0], env.action_space
+        make_policy, action_size = (CategoricalPolicy, int(space.n)) if is_discrete(space) else (
+            GaussianPolicy, space.shape[0])
         self.policy = make_policy(obs_size, action_size, args.orthogonal_init)
         self.critic = mlp(obs_size, 1, 1.0, args.orthogonal_init)
         self.obs_norm = RunningStats(obs_size) if args.norm_obs else nn.Identity()
@@ -530,19 +534,18 @@ class ActorCritic(nn.Module):
         self.to(self.device)
 
     @torch.no_grad()
-    def act(self, obs: np.ndarray, mode: bool = False) -> np.ndarray:
-        """Actions (num_envs, …) for observations (num_envs, obs_size): drawn, or the mode."""
-        obs = self.obs_norm(torch.as_tensor(obs, dtype=torch.float32, device=self.device))
-        return (self.policy.mode(obs) if mode else self.policy.sample(obs)).cpu().numpy()
+    def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
+        """Actions (num_envs, ...) for observations (num_envs, obs_size)."""
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
+        return self.policy.sample(self.obs_norm(obs), greedy).cpu().numpy()
 
     def values(self, obs: Tensor) -> Tensor:
-        """V(obs): (…, obs_size) → (…). The last dimension, of size 1, is dropped here, once."""
+        """V(obs): (..., obs_size) -> (...). The last dimension, of size 1, is dropped here."""
         return self.critic(self.obs_norm(obs)).squeeze(-1)
 
     def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of the actions, entropies, values: one number per observation."""
-        obs = self.obs_norm(obs)
-        return *self.policy(obs, actions), self.critic(obs).squeeze(-1)
+        return *self.policy(self.obs_norm(obs), actions), self.values(obs)
 
 
 # ==================================================================================================
@@ -561,29 +564,24 @@ class Rollout:
         terminated | truncated    -      -      1      -      -
 
     s3 is seen by the critic alone, and only counts if the episode was truncated. The next rollout
-    begins at u2.
+    begins at u2; in this one V(u2) stands for what follows.
     """
 
     obs: Tensor
     actions: Tensor  # as drawn, not as clipped for the environment
     next_obs: Tensor
-    rewards: Tensor
+    rewards: Tensor  # as the environment gave them
     terminated: Tensor  # bool
     truncated: Tensor  # bool
     old_logprobs: Tensor  # nats
-    old_values: Tensor  # units of the (normalised) reward
+    old_values: Tensor  # in units of the rewards after --norm-reward, as the returns
     next_values: Tensor
     advantages: Tensor | None = None
     returns: Tensor | None = None
 
-    @property
-    def done(self) -> Tensor:
-        """The episode ended here, in one way or the other."""
-        return self.terminated | self.truncated
-
 
 @torch.no_grad()
-def collect_rollout(agent: ActorCritic, envs: VectorEnv, args: Args) -> Rollout:
+def collect_rollout(agent: ActorCritic, envs: Envs, args: Args) -> Rollout:
     """Act for num_steps; then read log-probabilities and values of all steps in one pass."""
     steps = []
     for _ in range(args.num_steps):
@@ -596,6 +594,19 @@ def collect_rollout(agent: ActorCritic, envs: VectorEnv, args: Args) -> Rollout:
     old_logprobs, _, old_values = agent(obs, actions)  # (num_steps, num_envs) each
     return Rollout(obs, actions, next_obs, rewards, terminated, truncated, old_logprobs,
                    old_values, agent.values(next_obs))
+
+
+def compute_advantages(
+    rollout: Rollout, reward_norm: RewardNorm, args: Args
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns, (num_steps, num_envs) each. Returns keep their scale: the critic has
+    to learn it."""
+    rewards, terminated, truncated = rollout.rewards, rollout.terminated, rollout.truncated
+    if args.norm_reward:  # before use, unlike observations: no log-probability depends on rewards
+        rewards = reward_norm.update_and_scale(rewards, terminated | truncated)
+    advantages, returns = gae(rewards, rollout.old_values, rollout.next_values, terminated,
+                              truncated, args.gamma, args.gae_lambda)
+    return whiten(advantages) if args.norm_advantages else advantages, returns
 
 
 def update_policy(
@@ -648,46 +659,58 @@ def measure_kl(agent: ActorCritic, rollout: Rollout) -> float:
     return kl_penalty(rollout.old_logprobs, new_logprobs).mean().item()
 
 
+def explained_variance(returns: Tensor, values: Tensor) -> float:
+    """1 − Var(returns − values) / Var(returns): 1 for a perfect critic, 0 for a constant one."""
+    unexplained = (returns - values).var(correction=0)
+    return (1 - unexplained / (returns.var(correction=0) + 1e-8)).item()
+
+
 # ==================================================================================================
 # From here on, bookkeeping: evaluation, files
 # ==================================================================================================
 
 
-def evaluate(agent: ActorCritic, args: Args, video_dir: Path | None = None) -> list[float]:
-    """Returns of --eval-episodes episodes: most likely actions, frozen statistics."""
+def evaluate(agent: ActorCritic, args: Args, run_dir: Path) -> list[float]:
+    """Play --eval-episodes episodes with the likeliest actions and frozen statistics; film them if
+    asked. Gives back the return of each."""
     import gymnasium
 
-    env = make_env(args.env_id, render_mode="rgb_array" if video_dir else None)
-    if video_dir:
-        env = gymnasium.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda _: True)
+    env = make_env(args.env_id, render_mode="rgb_array" if args.capture_video else None)
+    if args.capture_video:
+        env = gymnasium.wrappers.RecordVideo(env, str(run_dir / "videos"),
+                                             episode_trigger=lambda _: True)
     returns = []
     for episode in range(args.eval_episodes):
-        obs, _ = env.reset(seed=args.seed + 1_000_000 + episode)
+        obs, _ = env.reset(seed=args.seed * 1_000_003 + episode)  # far from those of training
         total, done = 0.0, False
         while not done:
-            actions = to_env_actions(agent.act(obs[None], mode=True), env.action_space)
+            actions = to_env_actions(agent.act(obs[None], greedy=True), env.action_space)
             obs, reward, terminated, truncated, _ = env.step(actions[0])
             total, done = total + float(reward), terminated or truncated
         returns.append(total)
     env.close()
+    if returns:
+        print(f"evaluation: return {np.mean(returns):.1f} ± {np.std(returns):.1f} over "
+              f"{len(returns)} episodes of {args.env_id}, likeliest actions")
     return returns
 
 
 def save_model(path: Path, agent: ActorCritic, reward_norm: RewardNorm, args: Args) -> None:
-    """All that an evaluation needs: settings, weights and statistics."""
-    torch.save({"args": {name: x for name, x in asdict(args).items() if name != "eval_only"},
-                "agent": agent.state_dict(), "reward_norm": reward_norm.state_dict()}, path)
+    """Settings, weights and statistics."""
+    torch.save({"args": asdict(args), "agent": agent.state_dict(),
+                "reward_norm": reward_norm.state_dict()}, path)
 
 
-def load_agent(run_dir: Path) -> tuple[ActorCritic, Args]:
+def load_agent(run_dir: Path, device: str = "cpu") -> tuple[ActorCritic, Args]:
     """The policy of a finished run, and the settings that it was trained with."""
     try:
-        saved = torch.load(run_dir / "model.pt", weights_only=True, map_location="cpu")
-    except FileNotFoundError:
-        refuse(f"--eval-only {run_dir} has no model.pt; give the folder of a finished run.")
-    args = Args(**saved["args"])
-    agent = ActorCritic(make_env(args.env_id), args)
-    agent.load_state_dict(saved["agent"])
+        saved = torch.load(run_dir / "model.pt", weights_only=True, map_location=device)
+        args = Args(**saved["args"] | {"device": device})
+        agent = ActorCritic(make_env(args.env_id), args)
+        agent.load_state_dict(saved["agent"])
+    except Exception as error:  # missing, broken, or of another kind
+        refuse(f"--eval-only {run_dir} has no model.pt that can be read ({first_line(error)}); "
+               "give the folder of a finished run.")
     return agent, args
 
 
@@ -697,49 +720,40 @@ class RunLog:
     def __init__(self, args: Args):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.run_dir = Path(args.output_dir) / args.run_name
+        self.args, self.run_dir = args, Path(args.output_dir) / args.run_name
         self.writer = SummaryWriter(str(self.run_dir))
-        lines = [f"    {key}: {value}" for key, value in asdict(args).items()]
-        self.writer.add_text("args", "\n".join(lines))
-        self.num_iterations = args.total_timesteps // (args.num_envs * args.num_steps)
+        settings = [f"--{name.replace('_', '-')} {value}" for name, value in asdict(args).items()]
+        self.writer.add_text("args", "\n".join(f"    {x}" for x in settings))
+        for i in range(0, len(settings), 3):
+            print("  ".join(f"{x:<31}" for x in settings[i : i + 3]).rstrip())
+        print(f"plan: {args.num_iterations} iterations x {args.batch_size} steps; in each "
+              f"{args.update_epochs} epochs x {args.num_minibatches} optimizer steps on "
+              f"{args.batch_size // args.num_minibatches} steps", flush=True)
         self.start_time, self.last_returns = time.perf_counter(), deque(maxlen=100)
 
-    def iteration(self, number: int, envs: VectorEnv, stats: dict[str, float]) -> None:
-        """One point per training episode, one per iteration."""
-        for step, episode_return, length in envs.finished:
+    def iteration(self, number: int, steps_done: int, finished: list, stats: dict[str, float]):
+        """One point per finished training episode, one per statistic."""
+        for step, episode_return, length in finished:
             self.writer.add_scalar("charts/episodic_return", episode_return, step)
             self.writer.add_scalar("charts/episodic_length", length, step)
             self.last_returns.append(episode_return)
-        envs.finished.clear()
-        sps = envs.steps_done / (time.perf_counter() - self.start_time)
-        stats = {"charts/SPS": sps} | stats
-        for name, value in stats.items():
-            self.writer.add_scalar(name, value, envs.steps_done)
-        if number % max(1, self.num_iterations // 20) == 0 or number == self.num_iterations:
+        sps = steps_done / (time.perf_counter() - self.start_time)
+        for name, value in (stats | {"charts/SPS": sps}).items():
+            self.writer.add_scalar(name, value, steps_done)
+        num_iterations = self.args.num_iterations
+        if number % max(1, num_iterations // 20) == 0 or number == num_iterations:
             mean = np.mean(self.last_returns) if self.last_returns else math.nan
-            print(f"step {envs.steps_done:>9,} | return {mean:8.1f} (last {len(self.last_returns)} "
+            print(f"step {steps_done:>9,} | return {mean:8.1f} (last {len(self.last_returns)} "
                   f"episodes) | KL {stats['losses/approx_kl']:.4f} | "
                   f"clipped {stats['losses/clipfrac']:3.0%} | explained variance "
                   f"{stats['losses/explained_variance']:5.2f} | {sps:6,.0f} steps/s", flush=True)
 
 
-def print_plan(args: Args) -> None:
-    """All settings once, before any training: many follow from the action space."""
-    settings = [f"--{name.replace('_', '-')} {value}" for name, value in asdict(args).items()]
-    for i in range(0, len(settings), 4):
-        print("  ".join(f"{x:<28}" for x in settings[i : i + 4]).rstrip())
-    batch_size = args.num_envs * args.num_steps
-    print(f"plan: {args.total_timesteps // batch_size} iterations x {batch_size} steps; each "
-          f"{args.update_epochs} epochs x {args.num_minibatches} optimizer steps on "
-          f"{batch_size // args.num_minibatches} steps", flush=True)
-
-
-def report_evaluation(agent: ActorCritic, args: Args, run_dir: Path) -> None:
-    """Evaluate, film if asked, print."""
-    if args.eval_episodes > 0:
-        returns = evaluate(agent, args, run_dir / "videos" if args.capture_video else None)
-        print(f"evaluation: return {np.mean(returns):.1f} ± {np.std(returns):.1f} over "
-              f"{len(returns)} episodes of {args.env_id}, most likely actions")
+def replay(args: Args) -> None:
+    """--eval-only: the evaluation of a finished run, again."""
+    agent, trained_args = load_agent(args.eval_only, args.device)
+    evaluate(agent, replace(trained_args, eval_episodes=args.eval_episodes,
+                            capture_video=args.capture_video), args.eval_only)
 
 
 # ==================================================================================================
@@ -751,43 +765,37 @@ def main(args: Args) -> None:
     """The whole run."""
     torch.set_num_threads(1)  # matrices this small cost more to divide than to multiply
     if args.eval_only is not None:
-        agent, saved_args = load_agent(args.eval_only)
-        args = replace(args, env_id=saved_args.env_id)
-        return report_evaluation(agent, args, args.eval_only)
+        return replay(args)
     args = resolve_args(args)
+    if args.capture_video:
+        check_rendering(args.env_id)
     torch.manual_seed(args.seed)
-    print_plan(args)
-    envs = VectorEnv(args.env_id, args.num_envs, args.seed)
+    envs = Envs(args.env_id, args.num_envs, args.seed)
     agent = ActorCritic(make_env(args.env_id), args)
     reward_norm = RewardNorm(args.num_envs, args.gamma).to(args.device)
-    # Adam's eps: [37 details, core #3]. fused: all parameters in one call, 3 times as fast here.
+    # eps: [37 details, core #3]. fused: one call for all parameters, whose overhead would dominate.
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)
-    log, kl_beta = RunLog(args), args.kl_beta if args.policy_loss.startswith("kl") else 0.0
-    num_iterations = args.total_timesteps // (args.num_envs * args.num_steps)
-    for iteration in range(1, num_iterations + 1):
-        scale = 1 - (iteration - 1) / num_iterations if args.anneal_lr else 1.0
-        optimizer.param_groups[0]["lr"] = scale * args.learning_rate
+    kl_beta = args.kl_beta if args.policy_loss.startswith("kl") else 0.0
+    log = RunLog(args)
+    for iteration in range(1, args.num_iterations + 1):
+        scale = 1 - (iteration - 1) / args.num_iterations if args.anneal_lr else 1.0
+        learning_rate = scale * args.learning_rate
+        optimizer.param_groups[0]["lr"] = learning_rate
         rollout = collect_rollout(agent, envs, args)
-        rewards = rollout.rewards
-        if args.norm_reward:
-            rewards = reward_norm(rewards, rollout.done)
-        advantages, rollout.returns = gae(
-            rewards, rollout.old_values, rollout.next_values, rollout.terminated, rollout.truncated,
-            args.gamma, args.gae_lambda)
-        if args.norm_advantages:
-            advantages = whiten(advantages)
-        rollout.advantages = advantages
+        rollout.advantages, rollout.returns = compute_advantages(rollout, reward_norm, args)
         stats = update_policy(agent, optimizer, rollout, kl_beta, args)
         if args.norm_obs:  # after the update: old and new log-probabilities saw the same inputs
             agent.obs_norm.update(rollout.obs.flatten(0, 1))
-        stats = {f"losses/{name}": value for name, value in (stats | {"kl_beta": kl_beta}).items()}
-        log.iteration(iteration, envs, stats | {"charts/learning_rate": scale * args.learning_rate})
+        losses = {f"losses/{name}": x for name, x in (stats | {"kl_beta": kl_beta}).items()}
+        log.iteration(iteration, envs.steps_done, envs.finished,
+                      losses | {"charts/learning_rate": learning_rate})
+        envs.finished = []
         if args.policy_loss == "kl-adaptive":
-            kl_beta = adaptive_kl_beta(kl_beta, stats["losses/approx_kl"], args.kl_target)
+            kl_beta = adaptive_kl_beta(kl_beta, stats["approx_kl"], args.kl_target)
 
     save_model(log.run_dir / "model.pt", agent, reward_norm, args)
     log.writer.close()
-    report_evaluation(agent, args, log.run_dir)
+    evaluate(agent, args, log.run_dir)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "classic.json"
+PICTURE = HERE / "results" / "classic.png"
 SEEDS = [1, 2, 3]
 
 # Mean and standard deviation over 3 seeds that CleanRL publishes (docs/benchmark/ppo.md and
@@ -140,6 +141,73 @@ def main():
                 RESULTS.write_text(json.dumps(results))
                 print(f"{result['env_id']} {result['variant']} seed {result['seed']}: "
                       f"{result['last_100']:.1f} in {result['seconds']} s", flush=True)
+    summary(results)
+    plot(results)
+
+
+def pick(results, group, env_id, variant="clip 0.2"):
+    """The runs of one cell of a table."""
+    return [r for r in results["runs"]
+            if (r["group"], r["env_id"], r["variant"]) == (group, env_id, variant)]
+
+
+def summary(results):
+    """The tables of the README, in its own format."""
+    print("\n| environment | CleanRL | ours | seeds |\n|---|---|---|---|")
+    for env_id, (published, spread) in PUBLISHED.items():
+        figures = [r["last_100"] for r in pick(results, "published", env_id)]
+        if len(figures) > 1:
+            print(f"| {env_id} | {published:.1f} ± {spread:.1f} | {mean(figures):.1f} ± "
+                  f"{stdev(figures):.1f} | {', '.join(f'{x:.1f}' for x in figures)} |")
+    for env_id in FLAGS:
+        figures = [r["last_100"] for r in pick(results, "flags", env_id)]
+        print(f"{env_id}: {', '.join(f'{x:.1f}' for x in figures)}")
+    print("\n| objective | paper | ours | " + " | ".join(TABLE1_ENVS) + " |\n" + "|---" * 6 + "|")
+    for variant, scores in table1(results).items():
+        returns = [mean(r["last_100"] for r in pick(results, "table1", env_id, variant))
+                   for env_id in TABLE1_ENVS if pick(results, "table1", env_id, variant)]
+        print(f"| {variant} | {VARIANTS[variant][1]:.2f} | {scores:.2f} | "
+              + " | ".join(f"{x:.0f}" for x in returns) + " |")
+
+
+def table1(results):
+    """Score of each variant as in the paper: for each run (return − random) / (best − random), the
+    best being the best mean over seeds of any variant; then the mean over all runs."""
+    scores = {variant: [] for variant in VARIANTS}
+    for env_id in TABLE1_ENVS:
+        runs = {variant: pick(results, "table1", env_id, variant) for variant in VARIANTS}
+        if not all(runs.values()):
+            continue
+        random = results["random_returns"][env_id]
+        best = max(mean(r["last_100"] for r in x) for x in runs.values())
+        for variant, x in runs.items():
+            scores[variant] += [(r["last_100"] - random) / (best - random) for r in x]
+    return {variant: mean(x) for variant, x in scores.items() if x}
+
+
+def plot(results):
+    """Learning curves, one line per seed, with the published mean and spread drawn in."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 4, figsize=(15, 6), layout="constrained")
+    groups = [("published", x) for x in PUBLISHED] + [("flags", x) for x in FLAGS]
+    for axis, (group, env_id) in zip(axes.flat, groups, strict=True):
+        for r in pick(results, group, env_id):
+            axis.plot(*zip(*r["curve"], strict=True), linewidth=1.2, color="#2471a3", alpha=0.8)
+        if group == "published":
+            published, spread = PUBLISHED[env_id]
+            axis.axhline(published, color="#c0392b", linewidth=1, label="CleanRL, published")
+            axis.axhspan(published - spread, published + spread, color="#c0392b", alpha=0.15)
+        axis.set_title(env_id, fontsize=10)
+        axis.set_xlabel("steps")
+        axis.grid(alpha=0.25)
+    axes[0, 0].set_ylabel("return of training episodes")
+    axes[0, 0].legend(frameon=False, fontsize=9)
+    figure.savefig(PICTURE, dpi=100)
+    print(f"wrote {PICTURE}")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def make(env_id, args, num_envs=1):
     args = ppo.resolve_args(replace(args, env_id=env_id, num_envs=num_envs))
     torch.manual_seed(1)
     agent = ppo.ActorCritic(ppo.make_env(env_id), args)
-    return agent, ppo.VectorEnv(env_id, num_envs, seed=1), args
+    return agent, ppo.Envs(env_id, num_envs, seed=1), args
 
 
 def column(*numbers):
@@ -166,7 +166,7 @@ def test_no_transition_joins_two_episodes(args):
     episodes, steps = rollout.obs.unbind(-1)
     next_episodes, next_steps = rollout.next_obs.unbind(-1)
     assert torch.equal(episodes, next_episodes) and torch.equal(steps + 1, next_steps)
-    assert torch.equal(rollout.done, next_steps == 3) and not rollout.terminated.any()
+    assert torch.equal(rollout.truncated, next_steps == 3) and not rollout.terminated.any()
     assert steps[:, 0].tolist() == [0, 1, 2] * 4
 
 
@@ -174,13 +174,13 @@ def test_a_rollout_begins_where_the_last_one_stopped(args):
     agent, envs, args = make("Counter-v0", replace(args, num_steps=4))
     rollouts = [ppo.collect_rollout(agent, envs, args) for _ in range(3)]
     for before, after in pairwise(rollouts):
-        assert before.done[-1] or torch.equal(before.next_obs[-1], after.obs[0])
+        assert before.truncated[-1] or torch.equal(before.next_obs[-1], after.obs[0])
     assert torch.cat([x.obs for x in rollouts])[:, 0, 1].tolist() == [0, 1, 2] * 4
 
 
 def test_the_reset_is_part_of_the_step_that_ends_an_episode(args):
-    envs = ppo.VectorEnv("Counter-v0", 1, seed=1)
-    assert envs.envs.metadata["autoreset_mode"] == gymnasium.vector.AutoresetMode.SAME_STEP
+    envs = ppo.Envs("Counter-v0", 1, seed=1)
+    assert envs.vector_env.metadata["autoreset_mode"] == gymnasium.vector.AutoresetMode.SAME_STEP
 
 
 def test_episodes_are_reported_with_return_length_and_step(args):
@@ -239,7 +239,7 @@ def test_samples_follow_the_softmax_of_the_logits():
     policy.logits = torch.nn.Linear(1, 3)
     with torch.no_grad():
         policy.logits.bias.copy_(torch.tensor([0.5, 0.2, 0.3]).log())
-    shares = policy.sample(torch.zeros(20_000, 1)).bincount() / 20_000
+    shares = policy.sample(torch.zeros(20_000, 1), greedy=False).bincount() / 20_000
     assert torch.allclose(shares, torch.tensor([0.5, 0.2, 0.3]), atol=0.015)  # 4 standard errors
 
 
@@ -248,7 +248,7 @@ def test_gaussian_samples_have_the_mean_and_std_of_the_policy():
     policy = ppo.GaussianPolicy(1, 2, True)
     policy.log_std.data.copy_(torch.tensor([0.0, 1.0]))
     with torch.no_grad():
-        actions = policy.sample(torch.zeros(20_000, 1))
+        actions = policy.sample(torch.zeros(20_000, 1), greedy=False)
     assert torch.allclose(actions.mean(0), torch.zeros(2), atol=0.08)
     assert torch.allclose(actions.std(0), torch.tensor([1.0, math.e]), rtol=0.03)
 
@@ -268,7 +268,7 @@ def test_running_statistics_equal_those_of_all_rows_together():
     for part in rows.split([1, 20, 9]):
         stats.update(part)
     assert torch.allclose(stats.mean, rows.mean(0))
-    assert torch.allclose(stats.std, rows.std(0, correction=0))
+    assert torch.allclose(stats.var, rows.var(0, correction=0))
 
 
 def test_observations_leave_with_mean_0_and_std_1_and_are_clipped_at_10():
@@ -279,9 +279,11 @@ def test_observations_leave_with_mean_0_and_std_1_and_are_clipped_at_10():
 
 def test_rewards_are_divided_by_the_std_of_their_discounted_sum():
     norm, no = ppo.RewardNorm(1, gamma=0.5), column(False, False)
-    scaled = norm(column(2.0, 2.0), no)  # discounted sums 2 and 2 + 0.5·2 = 3: std 0.5
+    scaled = norm.update_and_scale(column(2.0, 2.0), no)
+    # Discounted sums of the past: 2, then 2 + 0.5·2 = 3. Their std: 0.5.
     assert torch.allclose(scaled, column(4.0, 4.0))
-    norm(column(4.0, 0.0), column(True, False))  # 4 + 0.5·3 = 5.5, end of the episode, 0
+    norm.update_and_scale(column(4.0, 0.0), column(True, False))
+    # Then 4 + 0.5·3 = 5.5, the end of the episode, and 0.
     assert norm.discounted.item() == 0 and norm.stats.count == 4
     assert math.isclose(norm.stats.mean.item(), (2 + 3 + 5.5 + 0) / 4)
 
@@ -362,22 +364,22 @@ def test_the_same_seed_gives_the_same_run(args):
 
 
 def test_a_saved_policy_evaluates_as_before_with_frozen_statistics(args, capsys):
-    agent = train(args, **PENDULUM, num_envs=1, eval_episodes=2)
-    trained = capsys.readouterr().out.splitlines()[-1]
+    agent = train(args, **PENDULUM, num_envs=1, eval_episodes=2, seed=2)
+    trained = capsys.readouterr().out.splitlines()[-1]  # seed 2: the replay knows it
     run_dir = Path(args.output_dir, "run")
     before = {name: x.clone() for name, x in agent.state_dict().items()}
     ppo.main(ppo.Args(eval_only=run_dir, eval_episodes=2))
     assert capsys.readouterr().out.splitlines()[-1] == trained and "Pendulum" in trained
-    ppo.evaluate(agent, replace(args, env_id="Pendulum-v1"))
+    ppo.evaluate(agent, replace(args, env_id="Pendulum-v1"), run_dir)
     assert all(torch.equal(x, before[name]) for name, x in agent.state_dict().items())
 
 
 def test_without_its_statistics_the_policy_is_another_one(args):
     agent = train(args, **PENDULUM, num_envs=1)
     obs = np.array([[0.1, 0.9, 5.0]], dtype=np.float32)
-    with_statistics = agent.act(obs, mode=True)
+    with_statistics = agent.act(obs, greedy=True)
     agent.obs_norm = ppo.RunningStats(3)
-    assert not np.allclose(with_statistics, agent.act(obs, mode=True), atol=1e-6)
+    assert not np.allclose(with_statistics, agent.act(obs, greedy=True), atol=1e-6)
 
 
 def test_curves_have_the_names_of_cleanrl(args):
@@ -447,6 +449,7 @@ def test_evaluation_episodes_are_counted_and_filmed(args, capsys):
     ({"total_timesteps": 20}, "--total-timesteps 20 is less than one rollout of 40"),
     ({"env_id": "CartPole-v99"}, "--env-id CartPole-v99 cannot be made"),
     ({"env_id": "NoSuchTask-v0"}, "--env-id NoSuchTask-v0 cannot be made"),
+    ({"seed": -1}, "--seed -1 is out of range; it must be 0 or more"),
     ({"eval_only": Path("nowhere")}, "--eval-only nowhere has no model.pt"),
     ({"device": "cuda"}, "--device cuda: PyTorch finds no CUDA device; use --device cpu"),
 ])

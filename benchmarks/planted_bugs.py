@@ -1,0 +1,290 @@
+"""Do the tests notice? One-line bugs, planted one at a time into copies of the two files.
+
+    pip install -r requirements.txt
+    python benchmarks/planted_bugs.py             # runs what is missing, two at a time
+    python benchmarks/planted_bugs.py --table     # the table, from the committed results
+
+Each bug happened to somebody (the numbers are those of the project's list of pitfalls) or is a near
+relative of one that did. For each, the behavioural tests run until the first failure, fastest file first; tests that compare
+the text of the files, their copies, or the README with results are left out: they would notice any
+change. A bug that no test catches is a missing test. Each result is written to
+results/planted_bugs.json at once; a change of files or tests starts the list anew.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "planted_bugs.json"
+TESTS = {
+    "ppo_rlhf.py": ["test_math.py", "test_rollout.py", "test_update.py", "test_data.py",
+                    "test_pipeline.py"],
+    "ppo_classic.py": ["test_classic.py"],
+}
+
+# (number in the list of pitfalls, what the bug is, the line, the line with the bug)
+RLHF = [
+    (1, "old log-probabilities without the attention mask",
+     "inputs = sequence_ids[idx], sequence_mask[idx], response_ids.shape[1]",
+     "inputs = sequence_ids[idx], torch.ones_like(sequence_mask[idx]), response_ids.shape[1]"),
+    (2, "position ids count the padding",
+     "return (mask.long().cumsum(-1) - 1).clamp(min=0)",
+     "return torch.arange(mask.shape[1]).expand_as(mask)"),
+    (3, "GAE without its mask",
+     "rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)",
+     "rewards, values = rewards, values"),
+    (5, "the response mask forgets EOS",
+     "column_masks.append(~ended)  # EOS itself is real, what follows it is padding\n"
+     "        ended = ended | torch.isin(sampled, policy.eos_ids)",
+     "ended = ended | torch.isin(sampled, policy.eos_ids)\n        column_masks.append(~ended)"),
+    (5, "masks from token identity instead of lengths",
+     "    return ids.to(device), mask.to(device)\n",
+     "    return ids.to(device), (ids != pad_id).to(device)\n"),
+    (6, "only the first of several EOS ids ends a response",
+     "ended = ended | torch.isin(sampled, policy.eos_ids)",
+     "ended = ended | (sampled == policy.eos_ids[0])"),
+    (7, "the score one slot early",
+     "last_token_idx = response_mask.sum(dim=1, keepdim=True) - 1  # (batch, 1)",
+     "last_token_idx = (response_mask.sum(dim=1, keepdim=True) - 2).clamp(min=0)"),
+    (7, "the score in the last column, padding or not",
+     "last_token_idx = response_mask.sum(dim=1, keepdim=True) - 1  # (batch, 1)",
+     "last_token_idx = torch.full_like(response_mask[:, :1].long(), kl.shape[1] - 1)"),
+    (8, "log-probabilities shifted by one",
+     "logits = logits[:, :-1]  # (batch, response_len, vocab): position t scores token t + 1",
+     "logits = logits[:, 1:]"),
+    (8, "values read after the token instead of before it",
+     "hidden = output.hidden_states[-1][:, -response_len - 1 : -1]",
+     "hidden = output.hidden_states[-1][:, -response_len:]"),
+    (8, "a separate critic read one position late",
+     "hidden = output.last_hidden_state[:, -response_len - 1 : -1]",
+     "hidden = output.last_hidden_state[:, -response_len:]"),
+    (9, "temperature forgotten",
+     "logits = output.logits.float() / self.temperature", "logits = output.logits.float()"),
+    (10, "greedy instead of sampled",
+     "sampled = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)  # (batch,)",
+     "sampled = probabilities.argmax(-1)"),
+    (10, "PAD may be sampled",
+     "return logits.index_fill(-1, self.banned_ids, lowest), output", "return logits, output"),
+    (12, "the reference is the policy itself",
+     "reference = copy.deepcopy(policy).requires_grad_(False)", "reference = policy"),
+    (12, "the reference follows the policy",
+     "if args.ref_update_interval and iteration % args.ref_update_interval == 0:", "if True:"),
+    (13, "reward model fed without mask",
+     "attention_mask=mask.long()).logits[:, 0].float()",
+     "attention_mask=None).logits[:, 0].float()"),
+    (13, "scores read at the padding",
+     'ids, mask = pad_rows(rows, reward_model.config.pad_token_id, "right", reward_model.device)',
+     'ids, mask = pad_rows(rows, 3, "right", reward_model.device)'),
+    (14, "the penalty for a missing EOS falls on those that ended",
+     "penalty = args.missing_eos_penalty * (~rollout.ended).float()  # (batch,)",
+     "penalty = args.missing_eos_penalty * rollout.ended.float()"),
+    (15, "k2 without the square",
+     "return 0.5 * log_ratio**2", "return 0.5 * log_ratio.abs()"),
+    (15, "k3 with the ratio upside down",
+     "return torch.exp(-log_ratio) - 1 + log_ratio", "return torch.exp(log_ratio) - 1 - log_ratio"),
+    (16, "KL with the wrong sign in the reward",
+     "return torch.where(response_mask, scores - kl_coef * kl, 0)",
+     "return torch.where(response_mask, scores + kl_coef * kl, 0)"),
+    (16, "the adaptive coefficient moves the wrong way",
+     "error = max(-0.2, min(0.2, observed_kl / kl_target - 1))",
+     "error = max(-0.2, min(0.2, 1 - observed_kl / kl_target))"),
+    (16, "the logged KL is a mean per token",
+     "return torch.where(rollout.response_mask, kl, 0).sum(dim=1)",
+     "return masked_mean(kl, rollout.response_mask, 1)"),
+    (17, "accumulation averages averages in the update",
+     "share = mask.sum() / minibatch.response_mask.sum()",
+     "share = torch.tensor(len(mask) / len(minibatch.response_mask))"),
+    (17, "accumulation averages averages in SFT",
+     "loss = loss_sum(model, part) / num_terms",
+     "loss = loss_sum(model, part) / num_terms * len(examples) / len(part) / 2"),
+    (20, "advantages and returns swapped",
+     "    return advantages, advantages + values\n",
+     "    return advantages + values, advantages\n"),
+    (21, "returns without the values",
+     "    return advantages, advantages + values\n", "    return advantages, advantages\n"),
+    (21, "λ forgotten in the recursion",
+     "next_advantage = delta + gamma * gae_lambda * next_advantage",
+     "next_advantage = delta + gamma * next_advantage"),
+    (21, "discount forgotten in the TD error",
+     "delta = rewards[:, t] + gamma * next_value - values[:, t]",
+     "delta = rewards[:, t] + next_value - values[:, t]"),
+    (22, "whitening counts the padding",
+     "variance = masked_mean((x - mean) ** 2, mask)", "variance = ((x - mean) ** 2).mean()"),
+    (22, "returns are whitened too",
+     "        advantages = masked_whiten(advantages, mask)\n",
+     "        advantages = masked_whiten(advantages, mask)\n"
+     "        returns = masked_whiten(returns, mask)\n"),
+    (23, "masking by multiplication",
+     "total, count = torch.where(mask, x, 0).sum(dim), mask.sum(dim)",
+     "total, count = (x * mask).sum(dim), mask.sum(dim)"),
+    (24, "log-probabilities in the precision of the model",
+     "logits = output.logits.float() / self.temperature",
+     "logits = output.logits / self.temperature"),
+    (25, "the separate critic starts from a random head",
+     "actor_critic.value_head.weight.copy_(head.weight / score_norm.std)", "pass"),
+    (26, "the value head starts at random",
+     "nn.init.zeros_(self.value_head.weight)  # V = 0: at first no opinion [N details, P2]",
+     "nn.init.normal_(self.value_head.weight)"),
+    (27, "minibatches drawn with replacement",
+     "for part in split_list(rng.sample(rows, len(rows)), size)]",
+     "for part in split_list(rng.choices(rows, k=len(rows)), size)]"),
+    (27, "no epoch but the first",
+     "    for _ in range(args.update_epochs):\n        epoch = []",
+     "    for _ in range(1):\n        epoch = []"),
+    (28, "a rollout with its graph",
+     "@torch.no_grad()\ndef collect_rollout(", "def collect_rollout("),
+    (6, "a response goes on after its EOS",
+     "ended = ended | torch.isin(sampled, policy.eos_ids)\n        if ended.all():",
+     "ended = torch.isin(sampled, policy.eos_ids)\n        if ended.all():"),
+    (30, "the clip fraction counts the padding",
+     "return loss, masked_mean((clipped < unclipped).float(), mask)",
+     "return loss, (clipped < unclipped).float().mean()"),
+    (30, "approx_kl counts the padding",
+     'approx_kl = masked_mean(kl_penalty(old_logprobs, new_logprobs, "k3"), mask)',
+     'approx_kl = kl_penalty(old_logprobs, new_logprobs, "k3").mean()'),
+    (32, "gradients are not clipped",
+     "norm = nn.utils.clip_grad_norm_(actor_critic.parameters(), args.max_grad_norm)",
+     "norm = nn.utils.clip_grad_norm_(actor_critic.parameters(), 1e9)"),
+    (34, "a score of 0 is taken as missing",
+     "if scores.dim() == 1:", "if scores.dim() == 1 and scores.all():"),
+    (35, "explained variance with its arguments swapped",
+     'means["explained_variance"] = explained_variance(rollout.returns, rollout.old_values,',
+     'means["explained_variance"] = explained_variance(rollout.old_values, rollout.returns,'),
+    (35, "entropy with the wrong sign",
+     "return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)",
+     "return (logits.softmax(-1) * logits).sum(-1) - logits.logsumexp(-1)"),
+    ("7.1", "the clip on the wrong side",
+     "loss = -masked_mean(torch.min(unclipped, clipped), mask)",
+     "loss = -masked_mean(torch.max(unclipped, clipped), mask)"),
+    ("7.2", "the ratio upside down",
+     "ratio = torch.exp(torch.where(mask, new_logprobs - old_logprobs, 0))\n    unclipped",
+     "ratio = torch.exp(torch.where(mask, old_logprobs - new_logprobs, 0))\n    unclipped"),
+    ("7.3", "the policy loss with the wrong sign",
+     "loss = -masked_mean(torch.min(unclipped, clipped), mask)",
+     "loss = masked_mean(torch.min(unclipped, clipped), mask)"),
+    ("9.1", "the value loss takes the smaller error",
+     "loss = 0.5 * masked_mean(torch.max(unclipped, clipped), mask)",
+     "loss = 0.5 * masked_mean(torch.min(unclipped, clipped), mask)"),
+    ("9.2", "the value loss without its weight",
+     "loss = pg_loss + args.vf_coef * vf_loss - args.ent_coef * mean_entropy",
+     "loss = pg_loss + vf_loss - args.ent_coef * mean_entropy"),
+    ("9.3", "the entropy bonus punishes entropy",
+     "loss = pg_loss + args.vf_coef * vf_loss - args.ent_coef * mean_entropy",
+     "loss = pg_loss + args.vf_coef * vf_loss + args.ent_coef * mean_entropy"),
+    ("RM", "the reward model prefers the rejected response",
+     "return chosen_scores - rejected_scores", "return rejected_scores - chosen_scores"),
+    ("SFT", "SFT trains on the prompt too",
+     "return -torch.where(response_mask, logprobs, 0).sum()",
+     "return -policy(sequence_ids, sequence_mask, sequence_ids.shape[1] - 1)[0].sum()"),
+    ("lr", "the learning rate is not annealed",
+     "scale = 1 - (step - 1) / num_steps if anneal else 1.0", "scale = 1.0"),
+]
+CLASSIC = [
+    (18, "truncated treated as terminated",
+     "torch.where(terminated, 0, next_values)",
+     "torch.where(terminated | truncated, 0, next_values)"),
+    (18, "terminated treated as truncated",
+     "torch.where(terminated, 0, next_values)", "next_values"),
+    (18, "bootstrap from the first observation of the next episode",
+     'next_obs[i] = infos["final_obs"][i]', "pass"),
+    (4, "advantages run on over the end of an episode",
+     "(~(terminated | truncated)).to(values.dtype)", "(~terminated).to(values.dtype)"),
+    (4, "the end of an episode one step late",
+     "decays = gamma * gae_lambda * (~(terminated | truncated)).to(values.dtype)",
+     "decays = gamma * gae_lambda * (~(terminated | truncated).roll(1, 0)).to(values.dtype)"),
+    (19, "autoreset on the next step", "AutoresetMode.SAME_STEP)", "AutoresetMode.NEXT_STEP)"),
+    (21, "returns without the values",
+     "    return advantages, advantages + values\n", "    return advantages, advantages\n"),
+    (27, "minibatches drawn with replacement",
+     "torch.randperm(batch_size).split(",
+     "torch.randint(batch_size, (batch_size,)).split("),
+    (36, "observation statistics that never move",
+     "agent.obs_norm.update(rollout.obs.flatten(0, 1))", "pass"),
+    (36, "evaluation samples its actions",
+     "agent.act(obs[None], greedy=True)", "agent.act(obs[None])"),
+    (36, "statistics are not saved",
+     'self.register_buffer("mean", torch.zeros(size))',
+     'self.register_buffer("mean", torch.zeros(size), persistent=False)'),
+    (37, "log-probabilities averaged over action dimensions",
+     "0.5 * math.log(2 * math.pi)).sum(dim=-1)", "0.5 * math.log(2 * math.pi)).mean(dim=-1)"),
+    (37, "entropies averaged over action dimensions",
+     "0.5 * math.log(2 * math.pi * math.e)).sum(dim=-1)",
+     "0.5 * math.log(2 * math.pi * math.e)).mean(dim=-1)"),
+    (37, "unbounded actions reach the environment",
+     "return np.clip(actions, space.low, space.high)", "return actions"),
+    ("Co8", "reward statistics run on over the end of an episode",
+     "self.discounted = torch.where(ended, 0, rows[-1])", "self.discounted = rows[-1]"),
+    ("T1", "β moves the wrong way", "if observed_kl < kl_target / 1.5:",
+     "if observed_kl > kl_target / 1.5:"),
+    ("T1", "KL(new, old) instead of KL(old, new)",
+     "kl_beta * kl_penalty(old_logprobs, new_logprobs).mean()",
+     "kl_beta * kl_penalty(new_logprobs, old_logprobs).mean()"),
+    ("lr", "the learning rate is not annealed",
+     "scale = 1 - (iteration - 1) / num_iterations if args.anneal_lr else 1.0", "scale = 1.0"),
+]
+BUGS = [("ppo_rlhf.py", *bug) for bug in RLHF] + [("ppo_classic.py", *bug) for bug in CLASSIC]
+
+
+def fingerprint():
+    """Changes with the files, the tests and the list of bugs."""
+    paths = [*ROOT.glob("ppo_*.py"), *(ROOT / "tests").glob("*.py"), Path(__file__)]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()[:12]
+
+
+def plant(bug):
+    """Run the tests on a copy with one bug. Returns: the test that caught it, or None."""
+    file_name, _, name, line, bugged_line = bug
+    text = (ROOT / file_name).read_text()
+    if text.count(line) != 1:
+        raise ValueError(f"{name}: the line occurs {text.count(line)} times in {file_name}")
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT, folder, dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns(".git", "runs", "results", "__pycache__"))
+        Path(folder, file_name).write_text(text.replace(line, bugged_line))
+        tests = [f"tests/{test}" for test in TESTS[file_name]]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        process = subprocess.run(command, cwd=folder, capture_output=True, text=True,
+                                 env=os.environ | {"OMP_NUM_THREADS": "1"})
+    failed = re.search(r"^(?:FAILED|ERROR) tests/([\w.]+)(?:::(\w+))?", process.stdout, re.M)
+    return {"bug": name, "file": file_name,
+            "caught_by": f"{failed[1]}::{failed[2]}" if failed else None}
+
+
+def table(bugs):
+    """A line per bug, then how many different tests did the catching."""
+    numbers = {(bug[0], bug[2]): bug[1] for bug in BUGS}
+    print("| pitfall | file | planted bug | caught by |\n|---|---|---|---|")
+    for x in bugs:
+        number = numbers[x["file"], x["bug"]]
+        print(f"| {number} | {x['file']} | {x['bug']} | `{x['caught_by']}` |")
+    caught = {x["caught_by"] for x in bugs} - {None}
+    print(f"\n{len(bugs)} bugs, {sum(x['caught_by'] is None for x in bugs)} not caught, "
+          f"{len(caught)} different tests caught one first")
+
+
+def main():
+    """Plant what is missing, two at a time, then print the table."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if "--table" not in sys.argv:
+        if results.get("fingerprint") != fingerprint():
+            results = {"fingerprint": fingerprint(), "bugs": []}
+        done = {(x["file"], x["bug"]) for x in results["bugs"]}
+        missing = [bug for bug in BUGS if (bug[0], bug[2]) not in done]
+        with ThreadPoolExecutor(2) as pool:
+            for future in as_completed([pool.submit(plant, bug) for bug in missing]):
+                results["bugs"].append(future.result())
+                RESULTS.write_text(json.dumps(results, indent=0))
+                print(future.result(), flush=True)
+    table(results["bugs"])
+
+
+if __name__ == "__main__":
+    main()
