@@ -24,7 +24,8 @@ episodes end anywhere inside it, and gae is told where. Shapes, in words:
 Departures. From the paper: the details of "The 37 implementation details of PPO" for control tasks;
 those that are a choice have a flag. From CleanRL: a time limit is no termination; observation
 statistics move once per iteration, so that old and new log-probabilities see the same inputs;
-advantages are normalised over the batch; old values and log-probabilities come from one pass after
+advantages are normalised over the batch; the discounted sum that scales rewards starts anew after
+every episode, truncated ones included; old values and log-probabilities come from one pass after
 the rollout; losses are means over the update, and approx_kl is that of the whole update; clipfrac
 counts actions whose gradient is cut. Left out: Atari, recurrence, a trunk shared by actor and
 critic; not yet: resuming.
@@ -156,9 +157,10 @@ def first_line(error: Exception) -> str:
 def resolve_args(args: Args) -> Args:
     """Fill in the defaults that follow from the action space, then refuse what cannot work."""
     space, now = make_env(args.env_id).action_space, time.strftime("%Y%m%d-%H%M%S")
-    if not is_discrete(space) and (not hasattr(space, "low") or len(space.shape) != 1):
+    is_row = hasattr(space, "low") and len(space.shape) == 1 and space.dtype.kind == "f"
+    if not is_discrete(space) and not is_row:
         refuse(f"--env-id {args.env_id} has actions {space}; choose an environment with Discrete "
-               "or one-dimensional Box actions.")
+               "actions, or with real numbers in a one-dimensional Box.")
     defaults = {"run_name": f"{args.env_id.split('/')[-1]}__{args.seed}__{now}"}
     defaults |= DISCRETE if is_discrete(space) else CONTINUOUS
     missing = {name: value for name, value in defaults.items() if getattr(args, name) is None}
@@ -171,10 +173,11 @@ def resolve_args(args: Args) -> Args:
 RANGES = [
     (lambda x: x >= 1, "1 or more",
      "total_timesteps num_envs num_steps num_minibatches update_epochs"),
-    (lambda x: 0 < x < math.inf, "above 0",
+    (lambda x: 0 < x < math.inf, "above 0, and finite",
      "learning_rate clip_coef kl_beta kl_target target_kl"),
     (lambda x: x > 0, "above 0", "max_grad_norm"),
-    (lambda x: 0 <= x < math.inf, "0 or more", "ent_coef vf_coef eval_episodes seed"),
+    (lambda x: 0 <= x < math.inf, "0 or more, and finite", "ent_coef vf_coef eval_episodes"),
+    (lambda x: 0 <= x < 2**32, "from 0 to 4294967295", "seed"),
     (lambda x: 0 <= x <= 1, "from 0 to 1", "gamma gae_lambda"),
 ]
 
@@ -194,11 +197,24 @@ def check_args(args: Args) -> None:
          f"{args.batch_size}; give more, or lower --num-steps."),
         (args.device == "cuda" and not torch.cuda.is_available(),
          "--device cuda: PyTorch finds no CUDA device; use --device cpu."),
-        ((Path(args.output_dir) / args.run_name).exists(),
-         f"--run-name {args.run_name} exists in {args.output_dir}; choose another name."),
+        (args.capture_video and args.eval_episodes == 0,
+         "--capture-video with --eval-episodes 0 films nothing; drop one of them."),
     ):
         if contradiction:
             refuse(message)
+
+
+def make_run_dir(args: Args) -> Path:
+    """A new folder for the files of this run."""
+    run_dir = Path(args.output_dir) / args.run_name
+    try:
+        run_dir.mkdir(parents=True)
+    except FileExistsError:
+        refuse(f"--run-name {args.run_name} exists in {args.output_dir}; choose another name.")
+    except OSError as error:
+        refuse(f"--output-dir {args.output_dir} cannot be written ({first_line(error)}); choose "
+               "another folder.")
+    return run_dir
 
 
 # ==================================================================================================
@@ -206,31 +222,36 @@ def check_args(args: Args) -> None:
 # ==================================================================================================
 
 
-def make_env(env_id: str, render_mode: str | None = None):
+def make_env(env_id: str, **settings):
     """One environment whose observations are one row of numbers."""
     import gymnasium
 
     try:
-        env = gymnasium.make(env_id, render_mode=render_mode)
+        env = gymnasium.make(env_id, **settings)
     except Exception as error:  # unknown name or version, or a package that is not installed
         refuse(f"--env-id {env_id} cannot be made ({first_line(error)}); choose one that "
                "gymnasium.pprint_registry() lists, or install what it needs.")
-    if len(env.observation_space.shape or ()) != 1:
-        env = gymnasium.wrappers.FlattenObservation(env)
+    # Rows of numbers come through as they are, but as copies: an environment that reuses its array
+    # would overwrite the final observation with the first one of the next episode.
+    env = gymnasium.wrappers.FlattenObservation(env)
+    if env.observation_space.shape is None:
+        refuse(f"--env-id {env_id} has observations that are no fixed row of numbers; choose one "
+               "with Box, Discrete, Tuple or Dict observations.")
     return env
 
 
 def check_rendering(env_id: str) -> None:
     """Refuse to film what cannot be drawn, before the training and not after it."""
     try:
+        import gymnasium
         import moviepy  # noqa: F401  gymnasium's RecordVideo writes with it
 
-        env = make_env(env_id, render_mode="rgb_array")
+        env = gymnasium.make(env_id, render_mode="rgb_array")
         env.reset()
         env.render()
     except Exception as error:  # each simulator fails in its own way without a display
-        refuse(f"--capture-video cannot film {env_id} ({first_line(error)}); on a machine without "
-               "a display try MUJOCO_GL=egl, or leave the flag out.")
+        refuse(f"--capture-video cannot film {env_id} ({first_line(error)}); install what it needs "
+               "(without a display MUJOCO_GL=egl may do), or leave the flag out.")
     env.close()
 
 
@@ -244,8 +265,8 @@ def is_discrete(space) -> bool:
 def to_env_actions(actions: np.ndarray, space) -> np.ndarray:
     """Actions as the environment takes them: counted from its start, or clipped to its bounds."""
     if is_discrete(space):
-        return actions + space.start
-    return np.clip(actions, space.low, space.high)
+        return (actions + space.start).astype(space.dtype)
+    return np.clip(actions, space.low, space.high).astype(space.dtype)
 
 
 class Envs:
@@ -675,7 +696,9 @@ def evaluate(agent: ActorCritic, args: Args, run_dir: Path) -> list[float]:
     asked. Gives back the return of each."""
     import gymnasium
 
-    env = make_env(args.env_id, render_mode="rgb_array" if args.capture_video else None)
+    env = make_env(args.env_id, **({"render_mode": "rgb_array"} if args.capture_video else {}))
+    # Some tasks have no time limit, and the likeliest actions may walk into a wall for ever.
+    env = gymnasium.wrappers.TimeLimit(env, max_episode_steps=10_000)
     if args.capture_video:
         env = gymnasium.wrappers.RecordVideo(env, str(run_dir / "videos"),
                                              episode_trigger=lambda _: True)
@@ -720,7 +743,7 @@ class RunLog:
     def __init__(self, args: Args):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.args, self.run_dir = args, Path(args.output_dir) / args.run_name
+        self.args, self.run_dir = args, make_run_dir(args)
         self.writer = SummaryWriter(str(self.run_dir))
         settings = [f"--{name.replace('_', '-')} {value}" for name, value in asdict(args).items()]
         self.writer.add_text("args", "\n".join(f"    {x}" for x in settings))
@@ -751,7 +774,12 @@ class RunLog:
 
 def replay(args: Args) -> None:
     """--eval-only: the evaluation of a finished run, again."""
+    if args.eval_episodes < 1:
+        refuse(f"--eval-episodes {args.eval_episodes} leaves --eval-only nothing to do; give 1 or "
+               "more.")
     agent, trained_args = load_agent(args.eval_only, args.device)
+    if args.capture_video:
+        check_rendering(trained_args.env_id)
     evaluate(agent, replace(trained_args, eval_episodes=args.eval_episodes,
                             capture_video=args.capture_video), args.eval_only)
 

@@ -188,19 +188,54 @@ def run_ours(instance: Path, folder: Path, beta: float, episodes: int, seed: int
     return folder / "run" / "policy"
 
 
+def run_trl(instance: Path, folder: Path, beta: float, episodes: int, seed: int) -> Path:
+    """PPOTrainer of trl with the same sizes and rates. Returns: the folder of its policy."""
+    import copy
+
+    import datasets
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(instance / "reference")
+    rows = [json.loads(x)["prompt"] for x in (instance / "prompts.jsonl").read_text().splitlines()]
+    prompts = [{"input_ids": tokenizer(x)["input_ids"]} for x in rows * 256]
+    policy, reference = (AutoModelForCausalLM.from_pretrained(instance / "reference")
+                         for _ in range(2))
+    reward_model = AutoModelForSequenceClassification.from_pretrained(instance / "reward_model")
+    config = PPOConfig(
+        output_dir=str(folder / "trl"), total_episodes=episodes, per_device_train_batch_size=256,
+        num_mini_batches=4, num_ppo_epochs=4, learning_rate=1e-3, lr_scheduler_type="linear",
+        response_length=MAX_LEN, stop_token="eos", temperature=1.0, missing_eos_penalty=None,
+        kl_coef=beta, whiten_rewards=False, gamma=1.0, lam=0.95, num_sample_generations=0,
+        local_rollout_forward_batch_size=256, seed=seed, report_to="none", save_strategy="no",
+        logging_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True,
+        gradient_checkpointing=False)
+    trainer = PPOTrainer(
+        args=config, processing_class=tokenizer, model=policy, ref_model=reference,
+        reward_model=reward_model, value_model=copy.deepcopy(reward_model),
+        train_dataset=datasets.Dataset.from_list(prompts))
+    trainer.train()
+    policy.save_pretrained(folder / "trl_policy")
+    return folder / "trl_policy"
+
+
 def one_run(job: dict) -> dict:
     """One contestant on one instance, in a folder of its own."""
     start = time.time()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_instance(folder / "instance", job["instance"])
-        policy = run_ours(folder / "instance", folder / "runs", job["beta"], job["episodes"],
-                          job["seed"], job.get("flags", ""))
+        sizes = folder / "instance", folder / "runs", job["beta"], job["episodes"], job["seed"]
+        policy = run_trl(*sizes) if job["who"] == "trl" else run_ours(*sizes, job["flags"])
         return job | report(policy, folder / "instance", job["beta"]) | {
             "seconds": round(time.time() - start)}
 
 
 if __name__ == "__main__":
     job = {"instance": int(sys.argv[1]), "beta": 0.2, "episodes": int(sys.argv[2]), "seed": 1,
-           "flags": " ".join(sys.argv[3:])}
+           "who": sys.argv[3], "flags": " ".join(sys.argv[4:])}
     print(json.dumps(one_run(job)), math.nan)

@@ -5,10 +5,10 @@
     python benchmarks/planted_bugs.py --table     # the table, from the committed results
 
 Each bug happened to somebody (the numbers are those of the project's list of pitfalls) or is a near
-relative of one that did. For each, the behavioural tests run until the first failure, fastest file first; tests that compare
-the text of the files, their copies, or the README with results are left out: they would notice any
-change. A bug that no test catches is a missing test. Each result is written to
-results/planted_bugs.json at once; a change of files or tests starts the list anew.
+relative of one that did. For each, the behavioural tests run until the first failure, fastest file
+first; tests that compare the text of the files, their copies, or the README with results are left
+out: they would notice any change. A bug that no test catches is a missing test. Each result is
+written to results/planted_bugs.json at once; a change of files or tests starts the list anew.
 """
 
 import hashlib

@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_classic.py (40 seconds)
 """
 
 import math
+from copy import deepcopy
 from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -60,6 +61,23 @@ class TerminatedClock(Clock):
     end = "terminated"
 
 
+class Reused(Counter):
+    """The same array for every observation, the final one and the first one included."""
+
+    shared = np.zeros(2, dtype=np.float32)
+
+    def obs(self):
+        self.shared[:] = self.episode, self.step_idx
+        return self.shared
+
+
+class Endless(Counter):
+    """An episode that never ends."""
+
+    def step(self, action):
+        return self.obs(), 0.0, False, False, {}
+
+
 class Narrow(Counter):
     """Two continuous actions between −0.1 and 0.1; remembers what it was given."""
 
@@ -71,7 +89,7 @@ class Narrow(Counter):
         return super().step(action)
 
 
-for env_class in (Counter, Clock, TerminatedClock, Narrow):
+for env_class in (Counter, Clock, TerminatedClock, Reused, Endless, Narrow):
     gymnasium.register(f"{env_class.__name__}-v0", entry_point=env_class)
 
 
@@ -160,8 +178,9 @@ def test_values_learn_that_a_truncated_episode_would_go_on(args):
 # Rollout ------------------------------------------------------------------------------------------
 
 
-def test_no_transition_joins_two_episodes(args):
-    agent, envs, args = make("Counter-v0", replace(args, num_steps=12), num_envs=3)
+@pytest.mark.parametrize("env_id", ["Counter-v0", "Reused-v0"])
+def test_no_transition_joins_two_episodes(args, env_id):
+    agent, envs, args = make(env_id, replace(args, num_steps=12), num_envs=3)
     rollout = ppo.collect_rollout(agent, envs, args)
     episodes, steps = rollout.obs.unbind(-1)
     next_episodes, next_steps = rollout.next_obs.unbind(-1)
@@ -212,6 +231,21 @@ def test_before_the_first_step_the_ratio_is_1(args):
     assert torch.allclose(values, rollout.old_values.flatten()[:7], atol=1e-5)
 
 
+def test_the_values_of_a_rollout_are_those_of_its_normalised_observations(args):
+    agent, envs, args = make("Counter-v0", replace(args, norm_obs=True))
+    agent.obs_norm.update(torch.randn(50, 2) * 4 + 1)
+    rollout = ppo.collect_rollout(agent, envs, args)
+    for values, obs in ((rollout.old_values, rollout.obs), (rollout.next_values, rollout.next_obs)):
+        by_hand = agent.critic((obs - agent.obs_norm.mean) / agent.obs_norm.var.sqrt()).squeeze(-1)
+        assert torch.allclose(values, by_hand, atol=1e-5)
+
+
+def test_environments_of_a_vector_start_differently():
+    envs = ppo.Envs("CartPole-v1", 2, seed=7)
+    alone = [ppo.make_env("CartPole-v1").reset(seed=7 + i)[0] for i in range(2)]
+    assert np.array_equal(envs.obs, alone) and not np.array_equal(*alone)
+
+
 # Policies -----------------------------------------------------------------------------------------
 
 
@@ -259,6 +293,23 @@ def test_the_first_policy_hardly_prefers_any_action(args):
     assert (probabilities - 0.5).abs().max() < 0.01
 
 
+def test_the_greedy_action_is_that_of_the_highest_logit():
+    policy = ppo.CategoricalPolicy(1, 3, True)
+    policy.logits[-1].bias.data.copy_(torch.tensor([0.0, 5.0, 1.0]))
+    assert policy.sample(torch.zeros(1, 1), greedy=True).item() == 1
+
+
+def test_adam_and_the_first_weights_are_those_of_the_37_details(args, monkeypatch):
+    kept, adam = {}, torch.optim.Adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda *x, **y: kept.update(y) or adam(*x, **y))
+    train(args)
+    agent, _, _ = make("CartPole-v1", replace(args, run_name="b"))
+    assert kept["eps"] == 1e-5
+    assert math.isclose(agent.critic[-1].weight.norm().item(), 1, rel_tol=1e-5)
+    last = agent.policy.logits[-1].weight  # two orthogonal rows of length 0.01
+    assert math.isclose(last.norm().item(), 0.01 * math.sqrt(2), rel_tol=1e-5)
+
+
 # Running statistics -------------------------------------------------------------------------------
 
 
@@ -288,9 +339,33 @@ def test_rewards_are_divided_by_the_std_of_their_discounted_sum():
     assert math.isclose(norm.stats.mean.item(), (2 + 3 + 5.5 + 0) / 4)
 
 
-def test_observation_statistics_move_after_the_update_so_that_ratios_start_at_1(args):
+def test_statistics_move_after_the_update_and_count_what_was_acted_on(args, monkeypatch):
+    counts, seen, update = [], [], ppo.update_policy
+
+    def spy(agent, optimizer, rollout, *rest):
+        counts.append(agent.obs_norm.count.item())
+        seen.append(rollout.obs.flatten(0, 1))
+        return update(agent, optimizer, rollout, *rest)
+
+    monkeypatch.setattr(ppo, "update_policy", spy)
     agent = train(args, **PENDULUM, num_envs=1)
-    assert agent.obs_norm.count == 64  # every observation acted on, once
+    assert counts == [0, 32] and agent.obs_norm.count == 64
+    assert torch.allclose(agent.obs_norm.mean, torch.cat(seen).mean(0), atol=1e-5)
+    assert agent.policy.log_std.item() != 0  # it is trained
+
+
+def test_scaled_rewards_are_clipped_at_10():
+    rewards = torch.zeros(1000, 1)
+    rewards[0] = 1  # std of the sums: 0.03
+    scaled = ppo.RewardNorm(1, gamma=0.0).update_and_scale(rewards, rewards > 1)
+    assert scaled[0] == 10
+
+
+def test_the_discounted_rewards_of_a_run_start_anew_with_every_episode(args):
+    train(args, env_id="Clock-v0", total_timesteps=84, num_steps=21, num_minibatches=1,
+          norm_reward=True, gamma=0.1)  # episodes of three steps, truncated
+    saved = torch.load(Path(args.output_dir, "run", "model.pt"))["reward_norm"]
+    assert math.isclose(saved["stats.mean"], (1 + 1.1 + 1.11) / 3, rel_tol=1e-5)
 
 
 # Update -------------------------------------------------------------------------------------------
@@ -308,6 +383,46 @@ def test_each_sample_is_used_once_per_epoch(args, monkeypatch):
     for epoch in (seen[:4], seen[4:]):
         assert sorted(torch.cat(epoch).tolist()) == everything
     assert not torch.equal(torch.cat(seen[:4]), torch.cat(seen[4:]))  # reshuffled
+
+
+def test_the_update_follows_the_gradient_of_the_loss_in_its_docstring(args):
+    agent, envs, args = make("Counter-v0", replace(args, num_minibatches=1, update_epochs=1,
+                                                   ent_coef=0.1, max_grad_norm=1e9))
+    rollout = ppo.collect_rollout(agent, envs, args)
+    rollout.advantages, rollout.returns = torch.randn(2, 20, 1)
+    rollout.old_logprobs = rollout.old_logprobs + 0.3 * torch.randn(20, 1)  # KL > 0 at once
+    before = deepcopy(agent)
+    ppo.update_policy(agent, torch.optim.SGD(agent.parameters(), 0.01), rollout, 2.0, args)
+    new, entropies, values = before(rollout.obs, rollout.actions)
+    loss = (ppo.policy_loss(new, rollout.old_logprobs, rollout.advantages, 0.2)[0]
+            + 0.5 * ppo.value_loss(values, rollout.old_values, rollout.returns, 0.2)[0]
+            - 0.1 * entropies.mean() + 2.0 * ppo.kl_penalty(rollout.old_logprobs, new).mean())
+    loss.backward()
+    for a, b in zip(agent.parameters(), before.parameters(), strict=True):
+        assert torch.allclose(a, b - 0.01 * b.grad, atol=1e-6)
+
+
+def test_gradients_do_not_pile_up_from_step_to_step(args):
+    agent, envs, args = make("Counter-v0", replace(args, num_minibatches=1, max_grad_norm=math.inf,
+                                                   clip_vloss=False, vf_coef=1.0))
+    rollout = ppo.collect_rollout(agent, envs, args)
+    rollout.advantages, rollout.returns = torch.zeros(20, 1), rollout.old_values + 1
+    ppo.update_policy(agent, torch.optim.SGD(agent.parameters(), 0.0), rollout, 0.0, args)
+    # Two epochs, no movement: ½(V − R)² with V − R = −1 has the gradient −1 at the last bias.
+    assert math.isclose(agent.critic[-1].bias.grad.item(), -1, rel_tol=1e-5)
+
+
+def test_the_kl_is_measured_from_old_to_new_on_normalised_observations(args):
+    agent, envs, args = make("Pendulum-v1", args)
+    agent.obs_norm.update(torch.randn(50, 3) * 4 + 1)
+    rollout = ppo.collect_rollout(agent, envs, args)
+    assert math.isclose(ppo.measure_kl(agent, rollout), 0, abs_tol=1e-6)
+    agent.policy.log_std.data += 0.5
+    mean = agent.policy.mean(agent.obs_norm(rollout.obs))
+    new_logprobs = torch.distributions.Normal(mean, math.exp(0.5)).log_prob(rollout.actions).sum(-1)
+    d = rollout.old_logprobs - new_logprobs
+    k3 = ((-d).exp() - 1 + d).mean()
+    assert math.isclose(ppo.measure_kl(agent, rollout), k3, rel_tol=1e-4)
 
 
 def test_target_kl_ends_the_epochs_of_an_iteration(args, monkeypatch):
@@ -345,6 +460,11 @@ def test_an_infinite_clip_range_is_the_bare_surrogate():
 def test_shapes_that_would_broadcast_are_refused():
     with pytest.raises(ValueError, match="shapes differ"):
         ppo.value_loss(torch.zeros(4, 1), torch.zeros(4), torch.zeros(4), 0.2)
+
+
+def test_without_a_kl_penalty_its_weight_is_ignored(args):
+    a, b = train(args, run_name="a"), train(args, run_name="b", kl_beta=50.0)
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
 # The whole run ------------------------------------------------------------------------------------
@@ -395,10 +515,37 @@ def test_curves_have_the_names_of_cleanrl(args):
     assert np.allclose(rates, [2.5e-4 * (1 - i / 20) for i in range(20)])  # 20 iterations, to 0
 
 
+def test_evaluation_clips_actions_seeds_each_episode_and_sums_its_rewards(args, monkeypatch):
+    agent, _, args = make("Narrow-v0", replace(args, eval_episodes=2))
+    agent.policy.mean[-1].bias.data += 5
+    seeds, reset = [], Narrow.reset
+    monkeypatch.setattr(Narrow, "reset", lambda self, seed=None, options=None:
+                        seeds.append(seed) or reset(self))
+    Narrow.given.clear()
+    assert ppo.evaluate(agent, args, Path()) == [3.0, 3.0]
+    assert np.max(Narrow.given) <= np.float32(0.1) and seeds[0] != seeds[1]
+
+
+def test_curves_are_drawn_over_environment_steps_and_beta_follows_the_kl(args):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(args, env_id="Clock-v0", policy_loss="kl-adaptive", kl_target=10.0, num_steps=6,
+          total_timesteps=24)
+    events = EventAccumulator(str(Path(args.output_dir, "run"))).Reload()
+    betas, episodes = events.Scalars("losses/kl_beta"), events.Scalars("charts/episodic_return")
+    assert [(x.step, x.value) for x in betas] == [(12, 1.0), (24, 0.5)]
+    assert [x.step for x in episodes] == [6, 6, 12, 12, 18, 18, 24, 24]
+
+
 def test_the_settings_follow_the_action_space_and_flags_override_them(args, capsys):
     assert ppo.resolve_args(ppo.Args(run_name="x")).num_steps == 128
     continuous = ppo.resolve_args(ppo.Args(env_id="Pendulum-v1", num_envs=3, run_name="x"))
     assert (continuous.num_steps, continuous.num_envs, continuous.norm_obs) == (2048, 3, True)
+
+
+def test_an_evaluation_without_time_limit_ends(args):
+    agent, _, args = make("Endless-v0", args)
+    assert ppo.evaluate(agent, args, Path()) == [0.0]
 
 
 def test_a_non_finite_reward_stops_the_run(args, monkeypatch):
@@ -449,7 +596,11 @@ def test_evaluation_episodes_are_counted_and_filmed(args, capsys):
     ({"total_timesteps": 20}, "--total-timesteps 20 is less than one rollout of 40"),
     ({"env_id": "CartPole-v99"}, "--env-id CartPole-v99 cannot be made"),
     ({"env_id": "NoSuchTask-v0"}, "--env-id NoSuchTask-v0 cannot be made"),
-    ({"seed": -1}, "--seed -1 is out of range; it must be 0 or more"),
+    ({"seed": -1}, "--seed -1 is out of range; it must be from 0 to"),
+    ({"max_grad_norm": math.nan}, "--max-grad-norm nan is out of range"),
+    ({"capture_video": True, "eval_episodes": 0}, "--capture-video with --eval-episodes 0 films"),
+    ({"output_dir": "/proc/x"}, "--output-dir /proc/x cannot be written"),
+    ({"eval_only": Path("nowhere"), "eval_episodes": 0}, "--eval-episodes 0 leaves --eval-only"),
     ({"eval_only": Path("nowhere")}, "--eval-only nowhere has no model.pt"),
     ({"device": "cuda"}, "--device cuda: PyTorch finds no CUDA device; use --device cpu"),
 ])

@@ -1,0 +1,239 @@
+"""Our formulas beside those of trl 1.12.0 and Stable-Baselines3 2.9, on the same random numbers.
+
+    pip install -r requirements.txt -r benchmarks/requirements.txt
+    python benchmarks/cross_checks.py
+
+Where definitions agree, the largest difference is printed; where they do not, both values, and the
+reason. Both libraries keep their losses inside long methods: those lines are cut out of the
+installed packages and executed on our tensors, so that it is their code that we compare with. A few
+seconds; the table is written to results/cross_checks.json.
+"""
+
+import inspect
+import json
+import sys
+import textwrap
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import ppo_classic as classic  # noqa: E402  the two files lie one folder up
+import ppo_rlhf as rlhf  # noqa: E402
+
+TOLERANCE = 1e-6
+ROWS, LEN, VOCAB = 6, 8, 11
+RESPONSE_LENS = torch.tensor([8, 5, 1, 3, 8, 6])  # tokens; two responses fill the row
+
+
+def draw(*shape):
+    """Random numbers, a new block for each call, the same ones in every run."""
+    return torch.randn(*shape, generator=GENERATOR)
+
+
+GENERATOR = torch.Generator().manual_seed(0)
+MASK = torch.arange(LEN) < RESPONSE_LENS[:, None]  # (rows, len)
+OLD, NEW, REF = (-draw(ROWS, LEN).abs() - 0.1 for _ in range(3))
+NEW = OLD + 0.3 * draw(ROWS, LEN)
+VALUES, NEW_VALUES, RETURNS, ADVANTAGES, REWARDS = (draw(ROWS, LEN) for _ in range(5))
+SCORES = draw(ROWS)
+
+
+def run_lines(method, first: str, last: str, names: dict) -> dict:
+    """Execute the lines of an installed method from the one that contains first to the one that
+    contains last, on our tensors. Returns: all names after it."""
+    lines = inspect.getsource(method).splitlines()
+    start = next(i for i, line in enumerate(lines) if first in line)
+    end = next(i for i in range(start, len(lines)) if last in lines[i])
+    names = dict(names)
+    exec(textwrap.dedent("\n".join(lines[start : end + 1])), names)
+    return names
+
+
+def masked(x: torch.Tensor) -> torch.Tensor:
+    """0 in the padding, as both libraries and ours have it after their masks."""
+    return torch.where(MASK, x, 0)
+
+
+class Settings:
+    """The settings that trl's lines read."""
+
+    cliprange = cliprange_value = 0.2
+    vf_coef, gamma, lam, kl_coef, whiten_rewards = 0.1, 0.97, 0.9, 0.05, False
+
+
+def compare_with_trl() -> list[tuple]:
+    """Rows: quantity, other, ours, theirs, reason where they differ."""
+    from trl.experimental.ppo import ppo_trainer as trl
+
+    train, rows = trl.PPOTrainer.train, []
+    rows.append(("masked mean", rlhf.masked_mean(OLD, MASK), trl.masked_mean(OLD, MASK), ""))
+    n = MASK.sum()
+    rows.append(("whitening", masked(rlhf.masked_whiten(ADVANTAGES, MASK)),
+                 masked(trl.masked_whiten(ADVANTAGES, MASK)),
+                 f"trl divides the variance by n − 1, ours by n, as lm-human-preferences did; here "
+                 f"n = {n} tokens, a factor of {(n / (n - 1)).sqrt():.3f}"))
+    for estimator in ("k1", "k3"):
+        settings = type("", (), {"args": type("", (Settings,), {"kl_estimator": estimator})})
+        theirs = run_lines(train, "logr = ref_logprobs", "kl = -logr", {
+            "ref_logprobs": REF, "logprobs": OLD, "args": settings.args})["kl"]
+        rows.append((f"KL, {estimator}", rlhf.kl_penalty(OLD, REF, estimator), theirs, ""))
+    ours = rlhf.gae(REWARDS, VALUES, MASK, Settings.gamma, Settings.lam)
+    theirs = run_lines(train, "lastgaelam = 0", "returns = advantages + values", {
+        "torch": torch, "args": Settings, "responses": MASK, "rewards": masked(REWARDS),
+        "values": masked(VALUES)})
+    rows.append(("GAE: advantages", ours[0], masked(theirs["advantages"]), ""))
+    rows.append(("GAE: returns", ours[1], masked(theirs["returns"]), ""))
+    rows += compare_rewards_with_trl(train)
+    return rows + compare_losses_with_trl(train, trl)
+
+
+def compare_rewards_with_trl(train) -> list[tuple]:
+    """Where the score lands, and what that does to the advantages."""
+    kl = masked(rlhf.kl_penalty(OLD, REF))
+    names = {"torch": torch, "args": Settings, "scores": SCORES, "non_score_reward":
+             -Settings.kl_coef * kl, "sequence_lengths": RESPONSE_LENS - 1,
+             "sequence_lengths_p1": RESPONSE_LENS}
+    theirs = run_lines(train, "rewards = non_score_reward.clone()", "+= scores", names)["rewards"]
+    ours = rlhf.token_rewards(SCORES, kl, MASK, Settings.kl_coef)
+    full = RESPONSE_LENS == LEN
+    rows = [("rewards of responses that fill the row", ours[full], theirs[full], ""),
+            ("rewards of shorter responses", ours[~full], theirs[~full],
+             "trl adds the score one slot after the last token, ours to the last token")]
+    values = masked(VALUES)
+    for gae_lambda, reason in ((1.0, ""), (0.9, "at λ < 1 the extra slot dilutes the score: "
+                                                "it reaches the last token as γλ·score")):
+        advantages, _ = rlhf.gae(ours, values, MASK, 1.0, gae_lambda)
+        everywhere = torch.ones_like(MASK)  # trl's recursion has no mask: it sees the extra slot
+        shifted, _ = rlhf.gae(theirs, values, everywhere, 1.0, gae_lambda)
+        rows.append((f"advantages from these rewards, γ = 1, λ = {gae_lambda:g}", advantages,
+                     masked(shifted), reason))
+    return rows
+
+
+def compare_losses_with_trl(train, trl) -> list[tuple]:
+    """Policy loss, value loss, clip fractions, entropy."""
+    names = {"torch": torch, "masked_mean": trl.masked_mean, "args": Settings, "padding_mask":
+             ~MASK, "micro_batch_inds": slice(None), "mb_advantage": ADVANTAGES, "new_logprobs":
+             masked(NEW), "mb_logprobs": masked(OLD), "mb_values": VALUES, "mb_return": RETURNS,
+             "vpred": NEW_VALUES, "logits": torch.zeros(1, 2)}
+    theirs = run_lines(train, "vpredclipped = torch.clamp", "loss = pg_loss +",
+                       names | {"padding_mask_p1": ~MASK})
+    loss, _ = rlhf.policy_loss(NEW, OLD, ADVANTAGES, MASK, 0.2)
+    vf_loss, vf_clipfrac = rlhf.value_loss(NEW_VALUES, VALUES, RETURNS, MASK, 0.2)
+    one_more = torch.arange(LEN) < RESPONSE_LENS[:, None] + 1  # trl's own mask for values
+    wider = run_lines(train, "vpredclipped = torch.clamp", "loss = pg_loss +",
+                      names | {"padding_mask_p1": ~one_more})
+    logits = draw(ROWS, LEN, VOCAB)
+    lines = run_lines(train, "prob_dist = torch", "entropy = torch",
+                      {"torch": torch, "logits": logits})
+    return [("policy loss", loss, theirs["pg_loss"], ""),
+            ("value loss, the same mask", vf_loss, theirs["vf_loss"], ""),
+            ("value loss, trl's mask", vf_loss, wider["vf_loss"],
+             "trl's mean includes one slot of padding after each response, ours real tokens only"),
+            ("value clip fraction", vf_clipfrac, theirs["vf_clipfrac"], ""),
+            ("entropy", rlhf.entropy(logits), lines["entropy"], "")]
+
+
+def compare_with_sb3() -> list[tuple]:
+    """Rows: quantity, other, ours, theirs, reason where they differ."""
+    from stable_baselines3.common.distributions import DiagGaussianDistribution
+    from stable_baselines3.common.running_mean_std import RunningMeanStd
+    from stable_baselines3.common.utils import explained_variance
+
+    rows = compare_gae_with_sb3() + compare_losses_with_sb3()
+    rows.append(("explained variance",
+                 torch.tensor(classic.explained_variance(RETURNS.flatten(), VALUES.flatten())),
+                 torch.tensor(explained_variance(VALUES.flatten().numpy(),
+                                                 RETURNS.flatten().numpy())), ""))
+    mean, log_std, actions = draw(ROWS, 3), draw(3), draw(ROWS, 3)
+    normal = DiagGaussianDistribution(3).proba_distribution(mean, log_std)
+    rows.append(("Gaussian log-probability", classic.gaussian_logprobs(mean, log_std, actions),
+                 normal.log_prob(actions), ""))
+    rows.append(("Gaussian entropy", classic.gaussian_entropy(log_std).expand(ROWS),
+                 normal.entropy(), ""))
+    ours, theirs = classic.RunningStats(3), RunningMeanStd(epsilon=0, shape=(3,))
+    for part in draw(30, 3).split(10):
+        ours.update(part)
+        theirs.update(part.numpy())
+    return [*rows, ("running variance", ours.var, torch.tensor(theirs.var).float(), "")]
+
+
+def compare_gae_with_sb3() -> list[tuple]:
+    """RolloutBuffer against gae, with episodes that terminate and that are truncated."""
+    from gymnasium.spaces import Box
+    from stable_baselines3.common.buffers import RolloutBuffer
+
+    rewards, values = REWARDS.T, VALUES.T  # time first: (len, rows)
+    last_values, final_values = draw(ROWS), draw(LEN, ROWS)
+    terminated = torch.rand(LEN, ROWS, generator=GENERATOR) < 0.2
+    truncated = (torch.rand(LEN, ROWS, generator=GENERATOR) < 0.2) & ~terminated
+    done = terminated | truncated
+    next_values = torch.cat([values[1:], last_values[None]])
+    next_values = torch.where(done, final_values, next_values)
+    buffer = RolloutBuffer(LEN, Box(-1, 1, (1,)), Box(-1, 1, (1,)), gae_lambda=0.9, gamma=0.97,
+                           n_envs=ROWS)
+    # SB3 adds γ·V(final observation) to the reward of a truncated step, then treats it as terminal.
+    buffer.rewards = (rewards + 0.97 * torch.where(truncated, final_values, 0)).numpy()
+    buffer.values, starts = values.numpy(), np.zeros((LEN, ROWS), dtype=np.float32)
+    starts[1:] = done[:-1].numpy()
+    buffer.episode_starts = starts
+    buffer.compute_returns_and_advantage(last_values, done[-1].numpy())
+    ours, _ = classic.gae(rewards, values, next_values, terminated, truncated, 0.97, 0.9)
+    return [("GAE with terminated and truncated episodes", ours, torch.tensor(buffer.advantages),
+             "")]
+
+
+def compare_losses_with_sb3() -> list[tuple]:
+    """Lines of PPO.train: losses, approximate KL, clip fraction."""
+    from stable_baselines3 import PPO
+
+    old, new, advantages = OLD.flatten(), NEW.flatten(), ADVANTAGES.flatten()
+    old_values, new_values, returns = VALUES.flatten(), NEW_VALUES.flatten(), RETURNS.flatten()
+    data = type("", (), {"old_log_prob": old, "returns": returns, "old_values": old_values})
+    names = {"th": torch, "F": torch.nn.functional, "rollout_data": data, "log_prob": new,
+             "advantages": advantages, "clip_range": 0.2, "values": new_values, "pg_losses": [],
+             "clip_fractions": [], "clip_range_vf": 0.2}
+    policy = run_lines(PPO.train, "ratio = th.exp(", "clip_fraction = ", names)
+    kl = run_lines(PPO.train, "log_ratio = log_prob", "approx_kl_div = ", names)
+    loss, clipfrac = classic.policy_loss(new, old, advantages, 0.2)
+    unclipped, _ = classic.value_loss(new_values, old_values, returns, float("inf"))
+    clipped, _ = classic.value_loss(new_values, old_values, returns, 0.2)
+    mean_squares = torch.nn.functional.mse_loss(returns, new_values)
+    their_pred = run_lines(PPO.train, "values_pred = rollout_data.old_values", ")", names | {
+        "values": new_values})
+    return [
+        ("policy loss", loss, policy["policy_loss"], ""),
+        ("approximate KL", classic.kl_penalty(old, new).mean(), torch.tensor(kl["approx_kl_div"]),
+         ""),
+        ("clip fraction", clipfrac, torch.tensor(policy["clip_fraction"]),
+         "SB3 counts every ratio outside 1 ± ε, ours those whose gradient is cut"),
+        ("value loss, not clipped, twice ours", 2 * unclipped, mean_squares, ""),
+        ("value loss, clipped, twice ours", 2 * clipped,
+         torch.nn.functional.mse_loss(returns, their_pred["values_pred"]),
+         "SB3 takes the clipped error, ours (and OpenAI's) the larger of the two; no ½ in SB3"),
+    ]
+
+
+def main():
+    """Compare, print the table, write it."""
+    records = []
+    for library, rows in (("trl", compare_with_trl()), ("stable-baselines3", compare_with_sb3())):
+        for quantity, ours, theirs, reason in rows:
+            difference = (ours - theirs).abs().max().item()
+            records.append({"library": f"{library} {version(library)}", "quantity": quantity,
+                            "difference": difference, "agree": difference < TOLERANCE,
+                            "reason": reason})
+            assert (difference < TOLERANCE) == (not reason), records[-1]
+    print("| library | quantity | largest difference | who does what |\n|---|---|---|---|")
+    for x in records:
+        print(f"| {x['library']} | {x['quantity']} | {x['difference']:.1g} | {x['reason']} |")
+    (HERE / "results" / "cross_checks.json").write_text(json.dumps(records, indent=1))
+
+
+if __name__ == "__main__":
+    main()
