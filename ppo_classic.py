@@ -134,6 +134,11 @@ class Args:
         """Rollouts, and updates, in all."""
         return self.total_timesteps // self.batch_size
 
+    @property
+    def report_interval(self) -> int:
+        """Iterations between two lines on the console, and two saves: a twentieth of the run."""
+        return max(1, self.num_iterations // 20)
+
 
 DISCRETE = {"total_timesteps": 500_000, "num_envs": 4, "num_steps": 128, "num_minibatches": 4,
             "update_epochs": 4, "learning_rate": 2.5e-4, "ent_coef": 0.01, "norm_obs": False,
@@ -719,9 +724,10 @@ def evaluate(agent: ActorCritic, args: Args, run_dir: Path) -> list[float]:
 
 
 def save_model(path: Path, agent: ActorCritic, reward_norm: RewardNorm, args: Args) -> None:
-    """Settings, weights and statistics."""
+    """Settings, weights and statistics; never half a file, whenever the run is killed."""
     torch.save({"args": asdict(args), "agent": agent.state_dict(),
-                "reward_norm": reward_norm.state_dict()}, path)
+                "reward_norm": reward_norm.state_dict()}, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
 
 
 def load_agent(run_dir: Path, device: str = "cpu") -> tuple[ActorCritic, Args]:
@@ -763,8 +769,7 @@ class RunLog:
         sps = steps_done / (time.perf_counter() - self.start_time)
         for name, value in (stats | {"charts/SPS": sps}).items():
             self.writer.add_scalar(name, value, steps_done)
-        num_iterations = self.args.num_iterations
-        if number % max(1, num_iterations // 20) == 0 or number == num_iterations:
+        if number % self.args.report_interval == 0 or number == self.args.num_iterations:
             mean = np.mean(self.last_returns) if self.last_returns else math.nan
             print(f"step {steps_done:>9,} | return {mean:8.1f} (last {len(self.last_returns)} "
                   f"episodes) | KL {stats['losses/approx_kl']:.4f} | "
@@ -793,7 +798,8 @@ def main(args: Args) -> None:
     """The whole run."""
     torch.set_num_threads(1)  # matrices this small cost more to divide than to multiply
     if args.eval_only is not None:
-        return replay(args)
+        replay(args)
+        return
     args = resolve_args(args)
     if args.capture_video:
         check_rendering(args.env_id)
@@ -820,6 +826,8 @@ def main(args: Args) -> None:
         envs.finished = []
         if args.policy_loss == "kl-adaptive":
             kl_beta = adaptive_kl_beta(kl_beta, stats["approx_kl"], args.kl_target)
+        if iteration % args.report_interval == 0:
+            save_model(log.run_dir / "model.pt", agent, reward_norm, args)
 
     save_model(log.run_dir / "model.pt", agent, reward_norm, args)
     log.writer.close()

@@ -13,17 +13,24 @@ sampled. Each finished run is written to results/optimum.json at once.
 """
 
 import json
-import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from classic import hardware  # benchmarks/classic.py
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "optimum.json"
+PICTURE = HERE / "results" / "optimum.png"
+INSTANCES = [1, 2, 3, 4, 5]
+LONG = "--batch-size 1024 --minibatch-size 256"  # less noise per step, as many steps
+LIMITS = ["--gae-lambda 1", "--no-norm-advantages", "--update-epochs 1"]  # one change at a time
 PAD, EOS, NUM_WORDS, MAX_LEN = 0, 1, 8, 4
 WORDS = [f"w{i}" for i in range(NUM_WORDS)]
 PROMPTS = [[0], [1, 2], [3], [4, 5, 6], [7, 7], [2, 0, 1], [5], [6, 3]]  # numbers of words
@@ -146,8 +153,39 @@ def response_probabilities(policy: list) -> torch.Tensor:
     return torch.cat([*ends, reach], dim=1)
 
 
-def report(lm_folder: Path, instance: Path, beta: float) -> dict[str, float]:
-    """Share, KL to the reference, and distance to π* of a policy on disk."""
+def loss_fixed_point(
+    reference: list, rewards: list, beta: float, estimator: str, steps: int = 3000
+) -> list:
+    """Where PPO comes to rest with the KL in the loss: each state pulls with β·∇KL(π ‖ π_ref) (k2)
+    or β·∇KL(π_ref ‖ π) (k3) of its own next token, and no state answers for the KL that it causes
+    later. So the visits of the states count as constants; the rest is gradient ascent on tables."""
+    logits = [table.clone().requires_grad_(True) for table in reference]
+    optimizer = torch.optim.Adam(logits, lr=0.05)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / steps)
+        policy = [x.log_softmax(dim=-1) for x in logits]
+        reach, penalty = torch.ones(len(PROMPTS), 1, dtype=torch.double), 0.0
+        for table, ref in zip(policy, reference, strict=True):
+            first, second = (table, ref) if estimator == "k2" else (ref, table)
+            kl = (first.exp() * (first - second)).sum(dim=-1)  # (prompts, nodes)
+            penalty = penalty + (reach * kl).sum(dim=-1).mean()
+            reach = (reach.unsqueeze(-1) * table.exp().detach())[..., :-1].flatten(1)
+        loss = beta * penalty - objective(policy, reference, rewards, 0.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return [x.detach().log_softmax(dim=-1) for x in logits]
+
+
+def distance(policy: list, other: list) -> float:
+    """Total variation between two policies over whole responses, mean over prompts."""
+    difference = response_probabilities(policy) - response_probabilities(other)
+    return 0.5 * difference.abs().sum(dim=-1).mean().item()
+
+
+def report(lm_folder: Path, instance: Path, beta: float, estimator: str | None) -> dict[str, float]:
+    """Share, KL to the reference, and distance to π* of a policy on disk; with the estimator of a
+    KL in the loss also the share of its fixed point, and the distance to that."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     policy, reference = (policy_tables(AutoModelForCausalLM.from_pretrained(x).eval())
@@ -158,11 +196,17 @@ def report(lm_folder: Path, instance: Path, beta: float) -> dict[str, float]:
     at_reference = objective(reference, reference, rewards, beta).item()
     reached = objective(policy, reference, rewards, beta).item()
     mean_reward = objective(policy, reference, rewards, 0.0).item()
-    distance = (response_probabilities(policy) - response_probabilities(best_policy)).abs()
     best_kl = (objective(best_policy, reference, rewards, 0.0).item() - best) / beta
-    return {"share": (reached - at_reference) / (best - at_reference), "J": reached,
-            "J_reference": at_reference, "J_optimum": best, "kl": (mean_reward - reached) / beta,
-            "kl_optimum": best_kl, "total_variation": 0.5 * distance.sum(-1).mean().item()}
+    gain = best - at_reference
+    found = {"share": (reached - at_reference) / gain, "J": reached, "J_reference": at_reference,
+             "J_optimum": best, "kl": (mean_reward - reached) / beta, "kl_optimum": best_kl,
+             "total_variation": distance(policy, best_policy)}
+    if estimator is not None:
+        resting = loss_fixed_point(reference, rewards, beta, estimator)
+        found["share_of_fixed_point"] = (
+            objective(resting, reference, rewards, beta).item() - at_reference) / gain
+        found["distance_to_fixed_point"] = distance(policy, resting)
+    return found
 
 
 # ==================================================================================================
@@ -231,11 +275,108 @@ def one_run(job: dict) -> dict:
         make_instance(folder / "instance", job["instance"])
         sizes = folder / "instance", folder / "runs", job["beta"], job["episodes"], job["seed"]
         policy = run_trl(*sizes) if job["who"] == "trl" else run_ours(*sizes, job["flags"])
-        return job | report(policy, folder / "instance", job["beta"]) | {
+        words = job["flags"].split()
+        estimator = words[words.index("--kl-estimator") + 1] if "--kl-in" in words else None
+        return job | report(policy, folder / "instance", job["beta"], estimator) | {
             "seconds": round(time.time() - start)}
 
 
+# ==================================================================================================
+# Runs, table, plot
+# ==================================================================================================
+
+
+def job(group: str, who: str, instance: int, episodes: int, beta=0.2, flags="", seed=1) -> dict:
+    """One run."""
+    return {"group": group, "who": who, "instance": instance, "episodes": episodes, "beta": beta,
+            "flags": flags, "seed": seed}
+
+
+def jobs() -> list[dict]:
+    """Every run of the tables, the most wanted first."""
+    found = []
+    for instance in INSTANCES:
+        found += [job("peers", who, instance, 51_200) for who in ("ours", "trl")]
+    found += [job("long", "ours", instance, 204_800, flags=LONG) for instance in INSTANCES[:2]]
+    for beta in (0.05, 0.2, 1.0):
+        for critic in ("separate", "shared"):
+            for microbatch in (64, 16):
+                flags = f"--critic {critic} --microbatch-size {microbatch}"
+                found.append(job("grid", "ours", INSTANCES[0], 51_200, beta, flags))
+    found += [job("seeds", "ours", INSTANCES[0], 51_200, seed=seed) for seed in (2, 3)]
+    for estimator in ("k2", "k3"):
+        flags = f"--kl-in loss --kl-estimator {estimator} --no-norm-advantages"
+        found.append(job("loss", "ours", INSTANCES[0], 51_200, flags=flags))
+    return found + [job("limits", "ours", INSTANCES[0], 51_200, flags=x) for x in LIMITS]
+
+
+def key(run: dict) -> tuple:
+    """What makes a run the same run."""
+    return tuple(run[x] for x in ("who", "instance", "episodes", "beta", "flags", "seed", "group"))
+
+
+def main():
+    """Run what is missing, two at a time, then print and plot."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": []}
+    done = {key(run) for run in results["runs"]}
+    missing = [x for x in jobs() if key(x) not in done]
+    if "--plot" not in sys.argv and missing:
+        results["hardware"] = hardware() | {"trl": version("trl")}
+        with ThreadPoolExecutor(2) as pool:
+            for future in as_completed([pool.submit(run_apart, x) for x in missing]):
+                results["runs"].append(future.result())
+                RESULTS.write_text(json.dumps(results, indent=0))
+                print({x: y for x, y in future.result().items() if x in (
+                    "group", "who", "instance", "beta", "flags", "share", "seconds")}, flush=True)
+    table(results["runs"])
+    plot(results["runs"])
+
+
+def run_apart(x: dict) -> dict:
+    """one_run in a process of its own: two runs at a time share no state."""
+    output = subprocess.run([sys.executable, __file__, "--run", json.dumps(x)], text=True,
+                            capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if output.returncode != 0:
+        raise RuntimeError(output.stderr[-3000:])
+    return json.loads(output.stdout.splitlines()[-1])
+
+
+def table(runs: list[dict]) -> None:
+    """One line per run."""
+    print("| group | who | instance | episodes | β | flags | seed | share | KL (optimum) | TV |\n"
+          + "|---" * 10 + "|")
+    for x in sorted(runs, key=lambda x: (x["group"], x["instance"], x["beta"], x["flags"])):
+        print(f"| {x['group']} | {x['who']} | {x['instance']} | {x['episodes']:,} | {x['beta']} | "
+              f"{x['flags']} | {x['seed']} | {x['share']:.4f} | {x['kl']:.2f} "
+              f"({x['kl_optimum']:.2f}) | {x['total_variation']:.3f} |")
+
+
+def plot(runs: list[dict]) -> None:
+    """Share of the possible gain: ours and trl's on each instance, then the long runs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    bars = [("trl 1.12, 51,200 episodes", "peers", "trl", "#7d8a97"),
+            ("ours, 51,200 episodes", "peers", "ours", "#2471a3"),
+            ("ours, 204,800 episodes", "long", "ours", "#117a65")]
+    for i, (label, group, who, colour) in enumerate(bars):
+        chosen = [x for x in runs if x["group"] == group and x["who"] == who]
+        axis.bar([x["instance"] + 0.27 * (i - 1) for x in chosen], [x["share"] for x in chosen],
+                 0.25, label=label, color=colour)
+    axis.axhline(1, color="#c0392b", linewidth=1, label="exact optimum")
+    axis.set_ylim(0.85, 1.01)
+    axis.set_xlabel("instance")
+    axis.set_ylabel("share of the possible gain")
+    axis.legend(frameon=False, fontsize=8, ncols=2, loc="lower right")
+    figure.savefig(PICTURE, dpi=110)
+    print(f"wrote {PICTURE}")
+
+
 if __name__ == "__main__":
-    job = {"instance": int(sys.argv[1]), "beta": 0.2, "episodes": int(sys.argv[2]), "seed": 1,
-           "who": sys.argv[3], "flags": " ".join(sys.argv[4:])}
-    print(json.dumps(one_run(job)), math.nan)
+    if "--run" in sys.argv:
+        print(json.dumps(one_run(json.loads(sys.argv[sys.argv.index("--run") + 1]))))
+    else:
+        main()

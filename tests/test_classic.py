@@ -494,6 +494,18 @@ def test_a_saved_policy_evaluates_as_before_with_frozen_statistics(args, capsys)
     assert all(torch.equal(x, before[name]) for name, x in agent.state_dict().items())
 
 
+def test_a_run_that_is_killed_leaves_its_last_model(args, monkeypatch):
+    def killed(self, number, *rest):
+        if number == 30:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ppo.RunLog, "iteration", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(args, total_timesteps=1600)  # 40 iterations, a save after every second one
+    agent, _ = ppo.load_agent(Path(args.output_dir, "run"))
+    assert agent.policy.logits[-1].bias.abs().max() > 0  # zero before training
+
+
 def test_without_its_statistics_the_policy_is_another_one(args):
     agent = train(args, **PENDULUM, num_envs=1)
     obs = np.array([[0.1, 0.9, 5.0]], dtype=np.float32)

@@ -6,17 +6,23 @@ Run: python -m pytest tests/test_readme.py (20 seconds)
 
 import json
 import re
+import statistics
 from pathlib import Path
 
+import pytest
+
+import ppo_classic
 import ppo_rlhf
 
 ROOT = Path(ppo_rlhf.__file__).parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_line_count_is_right():
-    lines = len(Path(ppo_rlhf.__file__).read_text().splitlines())
-    assert int(re.search(r"`ppo_rlhf.py` \| ([\d,]+) \|", README)[1].replace(",", "")) == lines
+@pytest.mark.parametrize("module", [ppo_rlhf, ppo_classic])
+def test_the_line_counts_are_right(module):
+    path = Path(module.__file__)
+    said = re.search(rf"`{path.name}` \| ([\d,]+) \|", README)[1].replace(",", "")
+    assert int(said) == len(path.read_text().splitlines())
 
 
 def test_functions_and_tests_that_it_names_exist():
@@ -29,7 +35,8 @@ def test_functions_and_tests_that_it_names_exist():
 
 def test_flags_that_it_names_exist():
     flags = set(re.findall(r"`--([\w-]+)", README))
-    assert {flag.replace("-", "_") for flag in flags} <= set(vars(ppo_rlhf.Args())) | {"logdir"}
+    known = set(vars(ppo_rlhf.Args())) | set(vars(ppo_classic.Args())) | {"logdir"}
+    assert {flag.replace("-", "_").removeprefix("no_") for flag in flags} <= known
 
 
 def test_files_that_it_shows_exist():
@@ -56,6 +63,29 @@ def test_the_table_of_results_is_what_the_raw_results_say():
         after = sum(gold[-tenth:]) / tenth
         line = f"| {run['kl_coef']:g} | {run['seed']} | {gold[0]:.2f} → {after:.2f} |"
         assert line.replace("-", "−") in README, line
+
+
+def test_the_tables_of_control_tasks_are_what_the_raw_results_say():
+    results = json.loads((ROOT / "benchmarks/results/classic.json").read_text())
+    assert {"cpu", "torch", "gymnasium"} <= set(results["hardware"])
+    figures = {}
+    for run in results["runs"]:
+        figures.setdefault((run["group"], run["env_id"]), []).append(run["last_100"])
+    for (group, env_id), returns in figures.items():
+        if group == "published":
+            assert len(returns) == 3
+            line = f"{statistics.mean(returns):.1f} ± {statistics.stdev(returns):.1f} |"
+            assert f"| {env_id} |" in README and line.replace("-", "−") in README, env_id
+
+
+def test_control_tasks_reach_what_cleanrl_published_within_its_spread():
+    """CleanRL's mean minus its standard deviation, on the mean over three seeds."""
+    results = json.loads((ROOT / "benchmarks/results/classic.json").read_text())
+    floors = {"CartPole-v1": 483.9, "Acrobot-v1": -87.7, "HalfCheetah-v4": 1396.6,
+              "Hopper-v4": 2111.1, "Walker2d-v4": 1716.2, "InvertedPendulum-v4": 940.9}
+    for env_id, floor in floors.items():
+        runs = [x for x in results["runs"] if (x["group"], x["env_id"]) == ("published", env_id)]
+        assert statistics.mean(x["last_100"] for x in runs) >= floor, env_id
 
 
 def test_the_default_run_meets_its_goals_on_every_seed():
