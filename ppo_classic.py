@@ -313,8 +313,8 @@ class Envs:
 
 def check_same_shape(**tensors: Tensor) -> None:
     """Raise ValueError unless all shapes agree: (batch,) minus (batch, 1) would just broadcast."""
-    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
-    if len(set(shapes.values())) > 1:
+    if len({x.shape for x in tensors.values()}) > 1:
+        shapes = {name: tuple(x.shape) for name, x in tensors.items()}
         raise ValueError(f"shapes differ: {shapes}")
 
 
@@ -666,11 +666,10 @@ def update_policy(
             stats = {"policy_loss": pg_loss, "value_loss": vf_loss, "entropy": mean_entropy,
                      "clipfrac": clipfrac, "vf_clipfrac": vf_clipfrac, "grad_norm": grad_norm}
             steps.append({name: value.item() for name, value in stats.items()})
-        approx_kl = measure_kl(agent, rollout)
-        if args.target_kl is not None and approx_kl > args.target_kl:
+        if args.target_kl is not None and measure_kl(agent, rollout) > args.target_kl:
             break
     means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-    means["approx_kl"] = approx_kl  # no mean: how far the whole update went
+    means["approx_kl"] = measure_kl(agent, rollout)  # no mean: how far the whole update went
     means["explained_variance"] = explained_variance(rollout.returns, rollout.old_values)
     for name, value in means.items():
         if not math.isfinite(value):

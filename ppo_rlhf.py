@@ -306,8 +306,8 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 def check_same_shape(**tensors: Tensor) -> None:
     """Raise ValueError unless all shapes agree: (batch,) minus (batch, 1) would just broadcast."""
-    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
-    if len(set(shapes.values())) > 1:
+    if len({x.shape for x in tensors.values()}) > 1:
+        shapes = {name: tuple(x.shape) for name, x in tensors.items()}
         raise ValueError(f"shapes differ: {shapes}")
 
 

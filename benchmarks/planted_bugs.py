@@ -228,7 +228,8 @@ CLASSIC = [
      "kl_beta * kl_penalty(old_logprobs, new_logprobs).mean()",
      "kl_beta * kl_penalty(new_logprobs, old_logprobs).mean()"),
     ("lr", "the learning rate is not annealed",
-     "scale = 1 - (iteration - 1) / num_iterations if args.anneal_lr else 1.0", "scale = 1.0"),
+     "scale = 1 - (iteration - 1) / args.num_iterations if args.anneal_lr else 1.0",
+     "scale = 1.0"),
 ]
 BUGS = [("ppo_rlhf.py", *bug) for bug in RLHF] + [("ppo_classic.py", *bug) for bug in CLASSIC]
 

@@ -429,10 +429,11 @@ def test_target_kl_ends_the_epochs_of_an_iteration(args, monkeypatch):
     agent, envs, args = make("Counter-v0", replace(args, target_kl=0.01, update_epochs=5))
     rollout = ppo.collect_rollout(agent, envs, args)
     rollout.advantages, rollout.returns = torch.randn(2, 20, 1)
-    epochs = iter([0.005, 0.02, 0.0])
+    epochs, optimizer = iter([0.005, 0.02, 0.02]), torch.optim.Adam(agent.parameters())
     monkeypatch.setattr(ppo, "measure_kl", lambda *_: next(epochs))
-    stats = ppo.update_policy(agent, torch.optim.Adam(agent.parameters()), rollout, 0.0, args)
-    assert stats["approx_kl"] == 0.02 and next(epochs) == 0.0  # two epochs, not five
+    stats = ppo.update_policy(agent, optimizer, rollout, 0.0, args)
+    assert stats["approx_kl"] == 0.02
+    assert optimizer.state[agent.critic[-1].bias]["step"] == 2 * 2  # two epochs of two, not five
 
 
 def test_beta_halves_below_and_doubles_above_one_and_a_half_times_the_target():

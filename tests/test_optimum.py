@@ -1,8 +1,8 @@
 """Claim: on a language whose every response can be enumerated, PPO nears the exact optimum of
 J(π) = E[r] − β·KL(π ‖ π_ref), and the enumeration that says so is itself right.
 
-Reference: benchmarks/optimum.py, here with up to 3 tokens (8 words, 8 prompts: 4,680 responses); its
-recursions are held against plain sums over all responses.
+Reference: benchmarks/optimum.py, here with up to 3 tokens (8 words, 8 prompts: 4,680 responses);
+its recursions are held against plain sums over all responses.
 Run: python -m pytest tests/test_optimum.py (20 seconds)
 """
 

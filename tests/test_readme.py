@@ -47,8 +47,7 @@ def test_files_that_it_shows_exist():
 def test_its_reward_functions_do_what_they_say():
     code = {}
     for block in re.findall(r"```python\n(.*?)```", README, re.S):
-        if "pipeline" not in block:  # the judge needs a model of yours
-            exec(block, code)
+        exec(block, code)
     assert code["correct"](["17 + 5 =", "1 + 1 ="], ["It is 22", "3"]) == [1.0, 0.0]
     assert code["filtered"](["p", "p"], ["a b", "awful b"], [["a", "b"], ["awful", "b"]]) == [
         [0.0, 1.0], [-1.0, 0.0]]
