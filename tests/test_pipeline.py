@@ -136,25 +136,36 @@ def test_generate_of_the_saved_policy_samples_without_top_p_and_penalties(tiny_a
 # What is trained, what is frozen -----------------------------------------------------------------
 
 
-def test_reference_and_reward_model_do_not_move_and_the_policy_does(tiny_args, monkeypatch):
-    models, original = {}, ppo_rlhf.evaluate
+@pytest.fixture
+def seen(monkeypatch):
+    """The models that the evaluations before and after PPO saw, and a copy of their weights."""
+    seen, evaluate = [], ppo_rlhf.evaluate
 
     def spy(actor_critic, reference, score, *rest):
-        """Keep a copy of every weight before and after PPO."""
-        parts = {"policy": actor_critic.policy, "reference": reference,
-                 "reward": score.keywords["reward_model"]}
-        for name, model in parts.items():
-            weights = torch.cat([x.detach().clone().flatten() for x in model.parameters()])
-            models.setdefault(name, []).append(weights)
-        assert not any(x.requires_grad for x in reference.parameters())
-        shared = {x.data_ptr() for x in reference.parameters()}
-        assert not shared & {x.data_ptr() for x in actor_critic.parameters()}
-        return original(actor_critic, reference, score, *rest)
+        models = {"policy": actor_critic.policy, "reference": reference,
+                  "reward": score.keywords["reward_model"]}
+        seen.append({name: (model, torch.cat([x.detach().clone().flatten()
+                                              for x in model.parameters()]))
+                     for name, model in models.items()})
+        return evaluate(actor_critic, reference, score, *rest)
 
     monkeypatch.setattr(ppo_rlhf, "evaluate", spy)
+    return seen
+
+
+def test_reference_and_reward_model_do_not_move_and_the_policy_does(tiny_args, seen):
     run(tiny_args)
-    assert torch.equal(*models["reference"]) and torch.equal(*models["reward"])
-    assert not torch.equal(*models["policy"])
+    before, after = ({name: weights for name, (_, weights) in x.items()} for x in seen)
+    assert torch.equal(before["reference"], after["reference"])
+    assert torch.equal(before["reward"], after["reward"])
+    assert not torch.equal(before["policy"], after["policy"])
+
+
+def test_the_reference_is_frozen_and_shares_no_weight_with_the_policy(tiny_args, seen):
+    run(tiny_args)
+    policy, reference = (list(seen[0][name][0].parameters()) for name in ("policy", "reference"))
+    assert not any(x.requires_grad for x in reference)
+    assert not {x.data_ptr() for x in policy} & {x.data_ptr() for x in reference}
 
 
 def test_the_kl_starts_at_zero_and_grows(tiny_args):
@@ -162,20 +173,23 @@ def test_the_kl_starts_at_zero_and_grows(tiny_args):
     assert abs(metrics[0]["rollout/kl"]) < 1e-4 < metrics[-1]["rollout/kl"]
 
 
-def test_gold_is_reported_and_never_trained_on(tmp_path, monkeypatch, small_reviews):
-    args = replace(REVIEWS, output_dir=str(tmp_path))
-    honest = run(args, run_name="honest")
-    label = ppo_rlhf.compare_own_samples
+def forget_gold_after_labelling(monkeypatch):
+    """The annotator still knows gold; for everybody else it is 0."""
+    label, real = ppo_rlhf.compare_own_samples, ppo_rlhf.gold_reward
 
-    def label_then_forget(*x):
-        """Label the comparisons, then make gold worthless."""
+    def label_with_gold(*x):
         with monkeypatch.context() as patch:
             patch.setattr(ppo_rlhf, "gold_reward", real)
             return label(*x)
 
-    real = ppo_rlhf.gold_reward
-    monkeypatch.setattr(ppo_rlhf, "compare_own_samples", label_then_forget)
+    monkeypatch.setattr(ppo_rlhf, "compare_own_samples", label_with_gold)
     monkeypatch.setattr(ppo_rlhf, "gold_reward", lambda *x: 0.0)
+
+
+def test_gold_is_reported_and_never_trained_on(tmp_path, monkeypatch, small_reviews):
+    args = replace(REVIEWS, output_dir=str(tmp_path))
+    honest = run(args, run_name="honest")
+    forget_gold_after_labelling(monkeypatch)
     blind = run(args, run_name="blind")
     assert [m.pop("rollout/gold_mean") for m in blind] == [0.0, 0.0]
     assert all(m.pop("rollout/gold_mean") != 0.0 for m in honest)
