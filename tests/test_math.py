@@ -273,6 +273,12 @@ def test_the_four_corners_of_clipping(ratio, advantage, objective, cut):
     assert (new_logprobs.grad.item() == 0) == cut
 
 
+def test_the_clip_fraction_is_a_share_of_real_tokens():
+    doubled, start = row(*[math.log(2)] * 4), row(0, 0, 0, 0)
+    _, clipfrac = policy_loss(doubled, start, row(1, -1, 1, 1), mask(1, 1, 0, 0), 0.2)
+    assert clipfrac == 0.5  # of the two real tokens one is cut; the padding is not asked
+
+
 def test_at_ratio_one_the_gradient_is_the_policy_gradient():
     logprobs = row(-1, -2).requires_grad_()
     policy_loss(logprobs, logprobs.detach(), row(3, 5), mask(1, 1), 0.2)[0].backward()

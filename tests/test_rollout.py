@@ -15,6 +15,7 @@ from ppo_rlhf import (
     ActorCritic,
     Args,
     Policy,
+    Rollout,
     ScoreNorm,
     backward_minibatch,
     collect_rollout,
@@ -264,6 +265,14 @@ def test_a_new_reward_model_starts_from_the_policys_trunk():
     own, copied = policy.lm.base_model.state_dict(), reward_model.base_model.state_dict()
     assert all(torch.equal(own[name], copied[name]) for name in own)
     assert all(own[name].data_ptr() != copied[name].data_ptr() for name in own)
+
+
+def test_the_kl_of_a_response_is_the_sum_over_its_tokens():
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    logprobs = torch.tensor([[-1.0, -2.0, 9.0], [-3.0, 9.0, 9.0]])
+    rollout = Rollout(None, None, mask, None, logprobs, torch.full((2, 3), -2.5), None, None)
+    # (−1 + 2.5) + (−2 + 2.5) = 2 and −3 + 2.5 = −0.5; the padding does not count
+    assert response_kl(rollout).tolist() == [2.0, -0.5]
 
 
 # Rewards from scores -----------------------------------------------------------------------------

@@ -178,6 +178,27 @@ def test_there_are_epochs_times_minibatches_optimizer_steps(monkeypatch):
     assert len(calls) == 3 * 2
 
 
+def test_a_step_of_sgd_is_as_long_as_the_clipped_gradient():
+    args = replace(ARGS, update_epochs=1, minibatch_size=8, microbatch_size=8, max_grad_norm=0.01)
+    actor_critic, rollout = setting(args)
+    before = torch.cat([x.detach().flatten() for x in actor_critic.parameters()])
+    optimizer = torch.optim.SGD(actor_critic.parameters(), lr=1.0)
+    stats = update_policy(actor_critic, optimizer, rollout, 0.05, args, 0, None, [])
+    after = torch.cat([x.detach().flatten() for x in actor_critic.parameters()])
+    assert stats["grad_norm"] > 0.02 and abs((after - before).norm().item() - 0.01) < 1e-4
+
+
+def test_the_entropy_bonus_raises_the_entropy():
+    args = replace(ARGS, ent_coef=1.0, vf_coef=0.0, update_epochs=1, minibatch_size=8,
+                   microbatch_size=8)
+    actor_critic, rollout = setting(args)
+    rollout.advantages = torch.zeros_like(rollout.advantages)  # nothing else to learn from
+    update_policy(actor_critic, make_optimizer(actor_critic, args), rollout, 0.05, args, 0, None, [])
+    _, after, _ = actor_critic(rollout.sequence_ids, rollout.sequence_mask, rollout.response_len)
+    mask = rollout.response_mask
+    assert after[mask].mean() > rollout.entropies[mask].mean()
+
+
 def test_targets_stay_the_same_over_the_epochs():
     args = ARGS
     actor_critic, rollout = setting(args)
