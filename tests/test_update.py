@@ -193,7 +193,8 @@ def test_the_entropy_bonus_raises_the_entropy():
                    microbatch_size=8)
     actor_critic, rollout = setting(args)
     rollout.advantages = torch.zeros_like(rollout.advantages)  # nothing else to learn from
-    update_policy(actor_critic, make_optimizer(actor_critic, args), rollout, 0.05, args, 0, None, [])
+    optimizer = make_optimizer(actor_critic, args)
+    update_policy(actor_critic, optimizer, rollout, 0.05, args, 0, None, [])
     _, after, _ = actor_critic(rollout.sequence_ids, rollout.sequence_mask, rollout.response_len)
     mask = rollout.response_mask
     assert after[mask].mean() > rollout.entropies[mask].mean()
