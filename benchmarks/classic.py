@@ -75,11 +75,10 @@ def jobs():
         yield "published", "Acrobot-v1", "clip 0.2", seed, ""
 
 
-def hardware():
-    """What the figures were measured on."""
+def hardware(*packages):
+    """What the figures were measured on: machine, date, and versions of packages."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
-    packages = ("torch", "gymnasium", "mujoco", "numpy")
     return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(),
             "date": time.strftime("%Y-%m-%d")} | {name: version(name) for name in packages}
 
@@ -140,7 +139,7 @@ def main():
     done = {(r["group"], r["env_id"], r["variant"], r["seed"]) for r in results["runs"]}
     missing = [job for job in jobs() if job[:4] not in done]
     if "--plot" not in sys.argv and missing:
-        results["hardware"] = hardware()
+        results["hardware"] = hardware("torch", "gymnasium", "mujoco", "numpy")
         results["random_returns"] = {env_id: random_return(env_id) for env_id in TABLE1_ENVS}
         with ThreadPoolExecutor(2) as pool:
             for future in as_completed([pool.submit(one_run, job) for job in missing]):

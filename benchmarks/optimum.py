@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -267,17 +266,17 @@ def run_trl(instance: Path, folder: Path, beta: float, episodes: int, seed: int)
     return folder / "trl_policy"
 
 
-def one_run(job: dict) -> dict:
+def one_run(run: dict) -> dict:
     """One contestant on one instance, in a folder of its own."""
     start = time.time()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_instance(folder / "instance", job["instance"])
-        sizes = folder / "instance", folder / "runs", job["beta"], job["episodes"], job["seed"]
-        policy = run_trl(*sizes) if job["who"] == "trl" else run_ours(*sizes, job["flags"])
-        words = job["flags"].split()
+        make_instance(folder / "instance", run["instance"])
+        sizes = folder / "instance", folder / "runs", run["beta"], run["episodes"], run["seed"]
+        policy = run_trl(*sizes) if run["who"] == "trl" else run_ours(*sizes, run["flags"])
+        words = run["flags"].split()
         estimator = words[words.index("--kl-estimator") + 1] if "--kl-in" in words else None
-        return job | report(policy, folder / "instance", job["beta"], estimator) | {
+        return run | report(policy, folder / "instance", run["beta"], estimator) | {
             "seconds": round(time.time() - start)}
 
 
@@ -321,7 +320,7 @@ def main():
     done = {key(run) for run in results["runs"]}
     missing = [x for x in jobs() if key(x) not in done]
     if "--plot" not in sys.argv and missing:
-        results["hardware"] = hardware() | {"trl": version("trl")}
+        results["hardware"] = hardware("torch", "transformers", "numpy", "trl")
         with ThreadPoolExecutor(2) as pool:
             for future in as_completed([pool.submit(run_apart, x) for x in missing]):
                 results["runs"].append(future.result())

@@ -11,15 +11,15 @@ benchmark continues where it stopped.
 
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
+
+from classic import hardware  # benchmarks/classic.py
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "reward_hacking.json"
@@ -31,15 +31,6 @@ CURVES = {
     "rollout/kl": "KL to the reference (nats per response)",
     "rollout/grammatical": "grammatical (share of responses)",
 }
-
-
-def hardware():
-    """What the figures were measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
-    packages = ("torch", "transformers", "tokenizers", "numpy")
-    return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(),
-            "date": time.strftime("%Y-%m-%d")} | {name: version(name) for name in packages}
 
 
 def one_run(kl_coef, seed):
@@ -114,7 +105,7 @@ def main():
     done = {(r["kl_coef"], r["seed"]) for r in results["runs"]}
     missing = [(k, s) for s in SEEDS for k in KL_COEFS if (k, s) not in done]
     if "--plot" not in sys.argv and missing:
-        results["hardware"] = hardware()
+        results["hardware"] = hardware("torch", "transformers", "tokenizers", "numpy")
         with ThreadPoolExecutor(2) as pool:
             for result in pool.map(one_run, *zip(*missing, strict=True)):
                 results["runs"].append(result)

@@ -22,6 +22,7 @@ from classic import hardware
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "speed.json"
+PACKAGES = ("torch", "gymnasium", "mujoco", "numpy", "stable-baselines3")
 TASKS = {  # environments, steps per rollout, minibatch size, epochs, steps to measure
     "CartPole-v1": (4, 128, 128, 4, 51_200),
     "HalfCheetah-v5": (1, 2048, 64, 10, 12_288),
@@ -94,7 +95,7 @@ def measure(name, env_id):
 
 def main():
     """Five rounds of all contestants, then medians and ratios."""
-    results = {"hardware": hardware(), "rounds": []}
+    results = {"hardware": hardware(*PACKAGES), "rounds": []}
     for number in range(1, 6):
         for env_id in TASKS:
             names = ["environment_alone", "ours", "stable_baselines3"]

@@ -142,8 +142,8 @@ def seen(monkeypatch):
     seen, evaluate = [], ppo_rlhf.evaluate
 
     def spy(actor_critic, reference, score, *rest):
-        models = {"policy": actor_critic.policy, "reference": reference,
-                  "reward": score.keywords["reward_model"]}
+        models = {"actor_critic": actor_critic, "policy": actor_critic.policy,
+                  "reference": reference, "reward": score.keywords["reward_model"]}
         seen.append({name: (model, torch.cat([x.detach().clone().flatten()
                                               for x in model.parameters()]))
                      for name, model in models.items()})
@@ -163,9 +163,10 @@ def test_reference_and_reward_model_do_not_move_and_the_policy_does(tiny_args, s
 
 def test_the_reference_is_frozen_and_shares_no_weight_with_the_policy(tiny_args, seen):
     run(tiny_args)
-    policy, reference = (list(seen[0][name][0].parameters()) for name in ("policy", "reference"))
-    assert not any(x.requires_grad for x in reference)
-    assert not {x.data_ptr() for x in policy} & {x.data_ptr() for x in reference}
+    for models in seen:
+        trained, frozen = (list(models[x][0].parameters()) for x in ("actor_critic", "reference"))
+        assert not any(x.requires_grad for x in frozen)
+        assert not {x.data_ptr() for x in trained} & {x.data_ptr() for x in frozen}
 
 
 def test_the_kl_starts_at_zero_and_grows(tiny_args):
