@@ -12,6 +12,7 @@ J* = β·log E_ref[exp(r/β)]. A run's figure is its share of what can be gained
 sampled. Each finished run is written to results/optimum.json at once.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -28,8 +29,10 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "optimum.json"
 PICTURE = HERE / "results" / "optimum.png"
 INSTANCES = [1, 2, 3, 4, 5]
-LONG = "--batch-size 1024 --minibatch-size 256"  # less noise per step, as many steps
-LIMITS = ["--gae-lambda 1", "--no-norm-advantages", "--update-epochs 1"]  # one change at a time
+LONG = "--learning-rate 2e-3 --critic-learning-rate 3e-3"  # the best of six settings tried
+LIMITS = ["--gae-lambda 1", "--gae-lambda 0.5", "--no-norm-advantages", "--clip-coef 0.4",
+          "--update-epochs 1", "--update-epochs 8", "--learning-rate 3e-3",
+          "--critic-learning-rate 1e-3", "--batch-size 1024 --minibatch-size 256"]
 PAD, EOS, NUM_WORDS, MAX_LEN = 0, 1, 8, 4
 WORDS = [f"w{i}" for i in range(NUM_WORDS)]
 PROMPTS = [[0], [1, 2], [3], [4, 5, 6], [7, 7], [2, 0, 1], [5], [6, 3]]  # numbers of words
@@ -83,20 +86,22 @@ def prefixes(length: int) -> torch.Tensor:
         torch.zeros(1, 0, dtype=torch.long))
 
 
-@torch.no_grad()
-def policy_tables(lm) -> list[torch.Tensor]:
+def policy_tables(lm, with_pad: bool = False) -> list[torch.Tensor]:
     """log π(next token | prompt, prefix) for every prefix of 0 to 3 words. Returns: for each length
-    (prompts, 8 ** length, 9); the last column is EOS. PAD is excluded, as in ppo_rlhf.py."""
-    tables = []
-    for length in range(MAX_LEN):
-        rows = []
-        for prompt in PROMPTS:
-            prefix = prefixes(length)
-            start = torch.tensor([i + 2 for i in prompt]).expand(len(prefix), -1)
-            logits = lm(torch.cat([start, prefix], dim=1)).logits[:, -1].double()
-            rows.append(torch.cat([logits[:, 2:], logits[:, EOS : EOS + 1]], dim=1))
-        tables.append(torch.stack(rows).log_softmax(dim=-1))
-    return tables
+    (prompts, 8 ** length, 9); the last column is EOS. PAD is excluded, as in ppo_rlhf.py, or, with
+    with_pad, takes its share, and the nine probabilities sum to less than 1."""
+    longest = prefixes(MAX_LEN - 1)  # one pass over these reads the shorter ones too
+    tables = [[] for _ in range(MAX_LEN)]
+    for prompt in PROMPTS:
+        start = torch.tensor([i + 2 for i in prompt]).expand(len(longest), -1)
+        logits = lm(torch.cat([start, longest], dim=1)).logits[:, len(prompt) - 1 :].double()
+        logits = logits[..., [*range(2, 2 + NUM_WORDS), EOS, PAD]]
+        for length, table in enumerate(tables):
+            table.append(logits[:: NUM_WORDS ** (MAX_LEN - 1 - length), length])
+    logits = [torch.stack(table) for table in tables]
+    if with_pad:
+        return [x.log_softmax(dim=-1)[..., :-1] for x in logits]
+    return [x[..., :-1].log_softmax(dim=-1) for x in logits]
 
 
 @torch.no_grad()
@@ -122,14 +127,20 @@ def actions_values(next_value: torch.Tensor, end_value: torch.Tensor) -> torch.T
     return torch.cat([next_value.view(prompts, nodes, NUM_WORDS), end_value.unsqueeze(-1)], dim=-1)
 
 
-def objective(policy: list, reference: list, rewards: list, beta: float) -> torch.Tensor:
-    """J(π) = E[r] − β·KL(π ‖ π_ref), mean over prompts; from the last token backwards."""
-    value = rewards[MAX_LEN]
+def state_values(policy: list, reference: list, rewards: list, beta: float) -> list:
+    """V(prompt, prefix) under π: what reward, minus β times KL, is still to come. From the last
+    token backwards. Returns: for each length (prompts, 8 ** length)."""
+    value, values = rewards[MAX_LEN], [torch.empty(0)] * MAX_LEN
     for length in reversed(range(MAX_LEN)):
         kl = policy[length] - reference[length]  # per action; its mean under π is the KL
         gains = actions_values(value, rewards[length]) - beta * kl  # (prompts, nodes, 9)
-        value = (policy[length].exp() * gains).sum(dim=-1)
-    return value.mean()
+        value = values[length] = (policy[length].exp() * gains).sum(dim=-1)
+    return values
+
+
+def objective(policy: list, reference: list, rewards: list, beta: float) -> torch.Tensor:
+    """J(π) = E[r] − β·KL(π ‖ π_ref), mean over prompts."""
+    return state_values(policy, reference, rewards, beta)[0].mean()
 
 
 def optimum(reference: list, rewards: list, beta: float) -> tuple[float, list]:
@@ -152,6 +163,7 @@ def response_probabilities(policy: list) -> torch.Tensor:
     return torch.cat([*ends, reach], dim=1)
 
 
+@torch.enable_grad()
 def loss_fixed_point(
     reference: list, rewards: list, beta: float, estimator: str, steps: int = 3000
 ) -> list:
@@ -182,24 +194,35 @@ def distance(policy: list, other: list) -> float:
     return 0.5 * difference.abs().sum(dim=-1).mean().item()
 
 
+def read_instance(instance: Path) -> tuple:
+    """The reference as a model, its table, and the reward of every response."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    lm = AutoModelForCausalLM.from_pretrained(instance / "reference").eval()
+    reward_model = AutoModelForSequenceClassification.from_pretrained(instance / "reward_model")
+    with torch.no_grad():
+        return lm, policy_tables(lm), reward_tables(reward_model.eval())
+
+
+@torch.no_grad()
 def report(lm_folder: Path, instance: Path, beta: float, estimator: str | None) -> dict[str, float]:
     """Share, KL to the reference, and distance to π* of a policy on disk; with the estimator of a
     KL in the loss also the share of its fixed point, and the distance to that."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM
 
-    policy, reference = (policy_tables(AutoModelForCausalLM.from_pretrained(x).eval())
-                         for x in (lm_folder, instance / "reference"))
-    rewards = reward_tables(AutoModelForSequenceClassification.from_pretrained(
-        instance / "reward_model").eval())
+    _, reference, rewards = read_instance(instance)
+    lm = AutoModelForCausalLM.from_pretrained(lm_folder).eval()
+    policy = policy_tables(lm)
     best, best_policy = optimum(reference, rewards, beta)
     at_reference = objective(reference, reference, rewards, beta).item()
     reached = objective(policy, reference, rewards, beta).item()
     mean_reward = objective(policy, reference, rewards, 0.0).item()
     best_kl = (objective(best_policy, reference, rewards, 0.0).item() - best) / beta
     gain = best - at_reference
+    without_pad = response_probabilities(policy_tables(lm, with_pad=True)).sum(dim=1).mean()
     found = {"share": (reached - at_reference) / gain, "J": reached, "J_reference": at_reference,
              "J_optimum": best, "kl": (mean_reward - reached) / beta, "kl_optimum": best_kl,
-             "total_variation": distance(policy, best_policy)}
+             "total_variation": distance(policy, best_policy), "pad": 1 - without_pad.item()}
     if estimator is not None:
         resting = loss_fixed_point(reference, rewards, beta, estimator)
         found["share_of_fixed_point"] = (
@@ -213,26 +236,84 @@ def report(lm_folder: Path, instance: Path, beta: float, estimator: str | None) 
 # ==================================================================================================
 
 
-def run_ours(instance: Path, folder: Path, beta: float, episodes: int, seed: int, flags: str = ""):
-    """ppo_rlhf.py through its command line. Returns: the folder of its policy."""
-    command = [
-        sys.executable, str(HERE.parent / "ppo_rlhf.py"), "--dataset", f"{instance}/prompts.jsonl",
-        "--policy-model", f"{instance}/reference", "--sft-epochs", "0", "--reward-model",
-        f"{instance}/reward_model", "--response-len", str(MAX_LEN), "--max-prompt-len", "4",
-        "--total-episodes", str(episodes), "--batch-size", "256", "--minibatch-size", "64",
-        "--learning-rate", "1e-3", "--kl-coef", str(beta), "--missing-eos-penalty", "0",
-        "--critic", "separate", "--seed", str(seed), "--log-samples-interval", "1000000",
-        "--save-interval", "1000000", "--output-dir", str(folder), "--run-name", "run",
-        *flags.split()]
+def our_flags(instance: Path, folder: Path, run: dict) -> list[str]:
+    """The command line of ppo_rlhf.py for one run."""
+    return [
+        "--dataset", f"{instance}/prompts.jsonl", "--policy-model", f"{instance}/reference",
+        "--sft-epochs", "0", "--reward-model", f"{instance}/reward_model", "--response-len",
+        str(MAX_LEN), "--max-prompt-len", "4", "--total-episodes", str(run["episodes"]),
+        "--batch-size", "256", "--minibatch-size", "64", "--learning-rate", "1e-3", "--kl-coef",
+        str(run["beta"]), "--missing-eos-penalty", "0", "--critic", "separate", "--seed",
+        str(run["seed"]), "--log-samples-interval", "1000000", "--save-interval", "1000000",
+        "--output-dir", str(folder), "--run-name", "run", *run["flags"].split()]
+
+
+def our_result(folder: Path, run: dict) -> tuple[Path, float]:
+    """The folder of our policy, and the objective that the run itself reported at its end."""
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()[-10:]
+    rows = [json.loads(line) for line in lines]
+    reported = [x["rollout/score_mean"] - run["beta"] * x["rollout/kl"] for x in rows]
+    return folder / "run" / "policy", sum(reported) / len(reported)
+
+
+def run_ours(instance: Path, folder: Path, run: dict) -> tuple[Path, float]:
+    """ppo_rlhf.py through its command line. Returns: as our_result."""
+    command = [sys.executable, str(HERE.parent / "ppo_rlhf.py"), *our_flags(instance, folder, run)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
     if process.returncode != 0:
         raise RuntimeError(process.stderr[-3000:])
-    return folder / "run" / "policy"
+    return our_result(folder, run)
 
 
-def run_trl(instance: Path, folder: Path, beta: float, episodes: int, seed: int) -> Path:
-    """PPOTrainer of trl with the same sizes and rates. Returns: the folder of its policy."""
+def run_exact_critic(instance: Path, folder: Path, run: dict) -> tuple[Path, float]:
+    """ppo_rlhf.py with the enumerated V in place of the critic's. Returns: as our_result."""
+    import tyro
+
+    sys.path.insert(0, str(HERE.parent))
+    import ppo_rlhf
+
+    _, reference, rewards = read_instance(instance)
+    prompt_numbers = {tuple(i + 2 for i in prompt): n for n, prompt in enumerate(PROMPTS)}
+    collect_rollout = ppo_rlhf.collect_rollout
+
+    @torch.no_grad()
+    def collect_with_exact_values(actor_critic, *others):
+        rollout = collect_rollout(actor_critic, *others)
+        values = state_values(policy_tables(actor_critic.policy.lm), reference, rewards,
+                              run["beta"])
+        for i, (prompt, ids) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
+            node = 0  # number of the prefix among those of its length
+            for t, token in enumerate(ids):
+                rollout.old_values[i, t] = values[t][prompt_numbers[tuple(prompt)], node]
+                node = NUM_WORDS * node + token - 2
+        return rollout
+
+    ppo_rlhf.collect_rollout = collect_with_exact_values
+    with contextlib.redirect_stdout(None):
+        ppo_rlhf.main(tyro.cli(ppo_rlhf.Args, args=our_flags(instance, folder, run)))
+    return our_result(folder, run)
+
+
+def run_exact_gradient(instance: Path, folder: Path, run: dict) -> tuple[Path, float]:
+    """Gradient ascent on the enumerated J: PPO's steps (16 for 256 episodes) without any noise."""
+    lm, reference, rewards = read_instance(instance)
+    optimizer = torch.optim.Adam(lm.parameters(), eps=1e-5)
+    steps, value = run["episodes"] // 16, torch.zeros(())
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
+        value = objective(policy_tables(lm), reference, rewards, run["beta"])
+        optimizer.zero_grad()
+        (-value).backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.step()
+    lm.save_pretrained(folder / "policy")
+    return folder / "policy", value.item()
+
+
+def run_trl(instance: Path, folder: Path, run: dict) -> tuple[Path, float]:
+    """PPOTrainer of trl with the same sizes and rates. Returns: the folder of its policy, and the
+    objective that it reported at its end."""
     import copy
 
     import datasets
@@ -250,12 +331,13 @@ def run_trl(instance: Path, folder: Path, beta: float, episodes: int, seed: int)
                          for _ in range(2))
     reward_model = AutoModelForSequenceClassification.from_pretrained(instance / "reward_model")
     config = PPOConfig(
-        output_dir=str(folder / "trl"), total_episodes=episodes, per_device_train_batch_size=256,
-        num_mini_batches=4, num_ppo_epochs=4, learning_rate=1e-3, lr_scheduler_type="linear",
+        output_dir=str(folder / "trl"), total_episodes=run["episodes"],
+        per_device_train_batch_size=256, num_mini_batches=4, num_ppo_epochs=4, learning_rate=1e-3,
+        lr_scheduler_type="linear",
         response_length=MAX_LEN, stop_token="eos", temperature=1.0, missing_eos_penalty=None,
-        kl_coef=beta, whiten_rewards=False, gamma=1.0, lam=0.95, num_sample_generations=0,
-        local_rollout_forward_batch_size=256, seed=seed, report_to="none", save_strategy="no",
-        logging_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True,
+        kl_coef=run["beta"], whiten_rewards=False, gamma=1.0, lam=0.95, num_sample_generations=0,
+        local_rollout_forward_batch_size=256, seed=run["seed"], report_to="none",
+        save_strategy="no", logging_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True,
         gradient_checkpointing=False)
     trainer = PPOTrainer(
         args=config, processing_class=tokenizer, model=policy, ref_model=reference,
@@ -263,7 +345,13 @@ def run_trl(instance: Path, folder: Path, beta: float, episodes: int, seed: int)
         train_dataset=datasets.Dataset.from_list(prompts))
     trainer.train()
     policy.save_pretrained(folder / "trl_policy")
-    return folder / "trl_policy"
+    reported = [x["objective/rlhf_reward"] for x in trainer.state.log_history
+                if "objective/rlhf_reward" in x][-10:]
+    return folder / "trl_policy", sum(reported) / len(reported)
+
+
+RUNNERS = {"ours": run_ours, "trl": run_trl, "exact critic": run_exact_critic,
+           "exact gradient": run_exact_gradient}
 
 
 def one_run(run: dict) -> dict:
@@ -271,13 +359,12 @@ def one_run(run: dict) -> dict:
     start = time.time()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_instance(folder / "instance", run["instance"])
-        sizes = folder / "instance", folder / "runs", run["beta"], run["episodes"], run["seed"]
-        policy = run_trl(*sizes) if run["who"] == "trl" else run_ours(*sizes, run["flags"])
+        make_instance(folder / "instance", run["instance"], run["pad_logit"])
+        policy, reported = RUNNERS[run["who"]](folder / "instance", folder / "runs", run)
         words = run["flags"].split()
         estimator = words[words.index("--kl-estimator") + 1] if "--kl-in" in words else None
         return run | report(policy, folder / "instance", run["beta"], estimator) | {
-            "seconds": round(time.time() - start)}
+            "J_reported": reported, "seconds": round(time.time() - start)}
 
 
 # ==================================================================================================
@@ -285,33 +372,38 @@ def one_run(run: dict) -> dict:
 # ==================================================================================================
 
 
-def job(group: str, who: str, instance: int, episodes: int, beta=0.2, flags="", seed=1) -> dict:
+def job(group: str, who: str, instance=1, episodes=51_200, **changes) -> dict:
     """One run."""
-    return {"group": group, "who": who, "instance": instance, "episodes": episodes, "beta": beta,
-            "flags": flags, "seed": seed}
+    usual = {"beta": 0.2, "flags": "", "seed": 1, "pad_logit": -30.0}
+    run = {"group": group, "who": who, "instance": instance, "episodes": episodes}
+    return run | usual | changes
 
 
 def jobs() -> list[dict]:
     """Every run of the tables, the most wanted first."""
     found = []
     for instance in INSTANCES:
-        found += [job("peers", who, instance, 51_200) for who in ("ours", "trl")]
+        found += [job("peers", who, instance) for who in ("ours", "trl")]
     found += [job("long", "ours", instance, 204_800, flags=LONG) for instance in INSTANCES[:2]]
     for beta in (0.05, 0.2, 1.0):
         for critic in ("separate", "shared"):
             for microbatch in (64, 16):
                 flags = f"--critic {critic} --microbatch-size {microbatch}"
-                found.append(job("grid", "ours", INSTANCES[0], 51_200, beta, flags))
-    found += [job("seeds", "ours", INSTANCES[0], 51_200, seed=seed) for seed in (2, 3)]
+                found.append(job("grid", "ours", beta=beta, flags=flags))
     for estimator in ("k2", "k3"):
         flags = f"--kl-in loss --kl-estimator {estimator} --no-norm-advantages"
-        found.append(job("loss", "ours", INSTANCES[0], 51_200, flags=flags))
-    return found + [job("limits", "ours", INSTANCES[0], 51_200, flags=x) for x in LIMITS]
+        found.append(job("loss", "ours", flags=flags))
+    found += [job("pad", who, pad_logit=0.0) for who in ("ours", "trl")]
+    found += [job("seeds", who, seed=seed) for seed in (2, 3) for who in ("ours", "trl")]
+    found += [job("limits", "exact gradient"), job("limits", "exact critic"),
+              job("limits", "exact critic", flags="--gae-lambda 0"),
+              job("limits", "exact critic", 1, 204_800, flags=LONG)]
+    return found + [job("limits", "ours", flags=x) for x in LIMITS]
 
 
 def key(run: dict) -> tuple:
     """What makes a run the same run."""
-    return tuple(run[x] for x in ("who", "instance", "episodes", "beta", "flags", "seed", "group"))
+    return tuple(run[x] for x in job("", ""))
 
 
 def main():

@@ -32,11 +32,8 @@ def instance(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tables(instance):
     """log π_ref of every next token, and the reward of every response."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    reference = AutoModelForCausalLM.from_pretrained(instance / "reference").eval()
-    reward_model = AutoModelForSequenceClassification.from_pretrained(instance / "reward_model")
-    return bandit.policy_tables(reference), bandit.reward_tables(reward_model.eval())
+    _, reference, rewards = bandit.read_instance(instance)
+    return reference, rewards
 
 
 def test_the_probabilities_of_all_responses_sum_to_one(tables):
