@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from classic import hardware  # benchmarks/classic.py
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -232,7 +233,9 @@ def main():
     print("| library | quantity | largest difference | who does what |\n|---|---|---|---|")
     for x in records:
         print(f"| {x['library']} | {x['quantity']} | {x['difference']:.1g} | {x['reason']} |")
-    (HERE / "results" / "cross_checks.json").write_text(json.dumps(records, indent=1))
+    versions = hardware("torch", "trl", "stable-baselines3")
+    (HERE / "results" / "cross_checks.json").write_text(
+        json.dumps({"hardware": versions, "rows": records}, indent=1))
 
 
 if __name__ == "__main__":

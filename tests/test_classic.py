@@ -140,6 +140,13 @@ def test_termination_drops_the_next_value_and_truncation_keeps_it():
     assert ppo.gae(*inputs, no, yes, 0.9, 0.95)[0].item() == 10.0  # 1 + 0.9·10
 
 
+def test_the_value_of_the_next_episode_does_not_move_the_terminal_step():
+    """Reward 1 and V = 5 at the terminal step, V = 100 after the reset: −4, and not 95."""
+    advantages, _ = ppo.gae(column(1.0, 0.0), column(5.0, 100.0), column(7.0, 100.0),
+                            column(True, False), column(False, False), 1.0, 0.95)
+    assert advantages[0].item() == -4.0
+
+
 def test_gae_equals_the_double_sum_over_random_episode_ends():
     torch.manual_seed(0)
     rewards, values, next_values = torch.randn(3, 40, 4, dtype=torch.double)
