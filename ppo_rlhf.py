@@ -1087,8 +1087,8 @@ def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: fl
     """rₜ = −kl_coef · klₜ, plus the score at the last token of the response.
 
     The score belongs to the token that completes the response: EOS, or the last one before the
-    length limit. (trl adds it one slot later, where λ < 1 dilutes it.) Dense scores are added token
-    by token.
+    length limit. (trl adds it one slot later, to a state after EOS with a value of its own.) Dense
+    scores are added token by token.
 
     Args: scores (batch,), or (batch, response_len) if dense; kl, response_mask (batch,
     response_len). Returns: (batch, response_len), 0 in the padding. Source: InstructGPT, eq. 2.

@@ -119,13 +119,28 @@ def test_k1_k2_k3_by_hand():
     assert close(values, [0.693147, 0.240227, 0.193147])
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_equal_policies_have_no_kl_and_only_the_ratio_counts(estimator):
+    assert close(kl_penalty(P.log(), P.log(), estimator), torch.zeros(3))
+    shifted = kl_penalty(P.log() - 5, Q.log() - 5, estimator)
+    assert close(shifted, kl_penalty(P.log(), Q.log(), estimator), 1e-5)
+
+
+def test_for_small_steps_k2_and_k3_are_half_the_square_of_k1():
+    # d = 0.01: k1 = 0.01, k2 = k3 = 0.00005 up to d³/6.
+    k1, k2, k3 = (kl_penalty(row(0.01), row(0), k).item() for k in ("k1", "k2", "k3"))
+    assert close(k1, 0.01) and abs(k2 - 5e-5) < 2e-7 and abs(k3 - 5e-5) < 2e-7
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_k1_and_k3_average_to_the_exact_kl(estimator):
     assert close((P * kl_penalty(P.log(), Q.log(), estimator)).sum(), EXACT_KL)
 
 
 def test_k2_is_biased():
-    assert not close((P * kl_penalty(P.log(), Q.log(), "k2")).sum(), EXACT_KL, 0.005)
+    # Σ P·½·log²(P/Q) = 0.7·0.359 + 0.2·0.082 + 0.1·0.961 = 0.364; the KL is 0.373.
+    assert close((P * kl_penalty(P.log(), Q.log(), "k2")).sum(), 0.3638, 1e-3)
+    assert close(EXACT_KL, 0.3734, 1e-3)
 
 
 def test_k3_is_never_negative_and_k1_can_be():
@@ -133,12 +148,12 @@ def test_k3_is_never_negative_and_k1_can_be():
     assert (kl_penalty(P.log(), Q.log(), "k1") < 0).any()
 
 
-def kl_gradients(estimator):
+def kl_gradients(estimator, ref=Q):
     """Exact gradient of KL, and the expected gradient of the estimator as reward and as loss."""
     logits = P.log().clone().requires_grad_()
     logprobs = logits.log_softmax(-1)
-    penalty = kl_penalty(logprobs, Q.log(), estimator)
-    exact = torch.autograd.grad((logprobs.exp() * (logprobs - Q.log())).sum(), logits,
+    penalty = kl_penalty(logprobs, ref.log(), estimator)
+    exact = torch.autograd.grad((logprobs.exp() * (logprobs - ref.log())).sum(), logits,
                                 retain_graph=True)[0]
     as_reward = torch.autograd.grad((P * penalty.detach() * logprobs).sum(), logits,
                                     retain_graph=True)[0]
@@ -148,6 +163,13 @@ def kl_gradients(estimator):
 def test_k1_in_the_reward_has_the_gradient_of_the_kl():
     exact, as_reward, _ = kl_gradients("k1")
     assert close(as_reward, exact)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_k2_and_k3_in_the_reward_hardly_pull_near_the_reference(estimator):
+    nearby = P + torch.tensor([-0.01, 0.01, 0.0])
+    exact, as_reward, _ = kl_gradients(estimator, nearby)
+    assert as_reward.norm() < 0.05 * exact.norm()
 
 
 def test_k1_in_the_loss_has_no_gradient_at_all():
@@ -184,10 +206,11 @@ def test_each_row_has_its_own_last_token():
     assert close(rewards, [[1.0, 0, 0], [0, 0, 2.0]])
 
 
-def test_rewards_sum_to_score_minus_kl_coef_times_kl():
+def test_rewards_sum_to_score_minus_kl_coef_times_kl_of_the_real_tokens():
     scores, kl = torch.randn(4), torch.randn(4, 6)
-    rewards = token_rewards(scores, kl, torch.ones(4, 6, dtype=torch.bool), 0.3)
-    assert close(rewards.sum(1), scores - 0.3 * kl.sum(1), 1e-5)
+    response_mask = torch.arange(6) < torch.tensor([[6], [3], [1], [5]])
+    rewards = token_rewards(scores, kl.masked_fill(~response_mask, NAN), response_mask, 0.3)
+    assert close(rewards.sum(1), scores - 0.3 * (kl * response_mask).sum(1), 1e-5)
 
 
 def test_dense_scores_are_added_token_by_token():
@@ -196,7 +219,9 @@ def test_dense_scores_are_added_token_by_token():
 
 
 def test_a_score_of_zero_is_a_score():
-    assert close(token_rewards(torch.tensor([0.0]), row(0, 0), mask(1, 1), 0.0), row(0, 0))
+    response_mask = torch.tensor([[1, 1], [1, 0]], dtype=torch.bool)
+    rewards = token_rewards(torch.tensor([0.0, 2.0]), torch.ones(2, 2), response_mask, 0.1)
+    assert close(rewards, [[-0.1, -0.1], [1.9, 0]])
 
 
 # gae ---------------------------------------------------------------------------------------------
@@ -211,9 +236,11 @@ def test_gae_of_three_tokens_by_hand():
 
 
 def test_values_in_the_padding_do_not_bootstrap_into_real_tokens():
-    # Without the mask the same numbers give 5.7 and 6.0 for the second value.
-    advantages, _ = gae(row(0, 1, 0), row(0, 0, 100), mask(1, 1, 0), 1.0, 0.95)
+    rewards, values = row(0, 1, 0), row(0, 0, 100)
+    advantages, _ = gae(rewards, values, mask(1, 1, 0), 1.0, 0.95)
     assert close(advantages, row(0.95, 1.0, 0))
+    wrong, _ = gae(rewards, values, mask(1, 1, 1), 1.0, 0.95)  # the padded slot as a state
+    assert close(wrong, row(5.7, 6.0, -100))
 
 
 @pytest.mark.parametrize("poison", [1e4, NAN])
@@ -233,6 +260,17 @@ def test_lambda_one_is_the_return_minus_the_value():
     advantages, returns = gae(row(1, 2, 3), row(9, 8, 7), mask(1, 1, 1), 1.0, 1.0)
     assert close(returns, row(6, 5, 3))
     assert close(advantages, row(6 - 9, 5 - 8, 3 - 7))
+
+
+def test_lambda_one_is_the_discounted_return_minus_the_value():
+    # Rewards to come, gamma 1/2: 1 + 0.5·(2 + 0.5·4) = 3, 2 + 0.5·4 = 4, 4.
+    advantages, returns = gae(row(1, 2, 4), row(1, 1, 1), mask(1, 1, 1), 0.5, 1.0)
+    assert close(returns, row(3, 4, 4)) and close(advantages, row(2, 3, 3))
+
+
+def test_with_lambda_one_the_returns_do_not_depend_on_the_critic():
+    _, returns = gae(row(1, 2, 3), row(0, 0, 0), mask(1, 1, 1), 1.0, 1.0)
+    assert close(gae(row(1, 2, 3), row(7, -8, 9), mask(1, 1, 1), 1.0, 1.0)[1], returns)
 
 
 def test_without_critic_and_discount_every_token_gets_the_score():
@@ -290,6 +328,13 @@ def test_a_huge_clip_coef_is_the_unclipped_surrogate():
     assert close(loss, -3.0) and clipfrac == 0
 
 
+def test_only_the_ratio_counts_and_the_loss_is_linear_in_the_scale_of_the_advantages():
+    new, old, advantages = row(-1, -2.5), row(-1.1, -2), row(3, -5)
+    loss, _ = policy_loss(new, old, advantages, mask(1, 1), 0.2)
+    assert close(policy_loss(new - 4, old - 4, advantages, mask(1, 1), 0.2)[0], loss, 1e-5)
+    assert close(policy_loss(new, old, 10 * advantages, mask(1, 1), 0.2)[0], 10 * loss, 1e-5)
+
+
 # value_loss --------------------------------------------------------------------------------------
 
 
@@ -304,6 +349,22 @@ def test_value_clipping_takes_the_larger_error():
     loss, clipfrac = value_loss(new_values, row(0.0), row(1.0), mask(1), 0.2)
     loss.backward()
     assert close(loss, 0.5 * 0.8**2) and clipfrac == 1 and new_values.grad.item() == 0
+
+
+def test_a_value_that_moved_away_from_its_target_is_not_held_back():
+    # From 0 to −1 with target 1: the clipped error, 1.2, is the smaller one; ½·2² counts.
+    new_values = row(-1.0).requires_grad_()
+    loss, clipfrac = value_loss(new_values, row(0.0), row(1.0), mask(1), 0.2)
+    loss.backward()
+    assert close(loss, 2.0) and clipfrac == 0 and new_values.grad.item() == -2.0
+
+
+def test_an_infinite_value_clip_is_the_squared_error_and_only_differences_count():
+    new, old, returns = row(1, -3), row(0, 2), row(2, 5)
+    loss, clipfrac = value_loss(new, old, returns, mask(1, 1), float("inf"))
+    assert close(loss, 0.5 * (1 + 64) / 2) and clipfrac == 0
+    clipped, _ = value_loss(new, old, returns, mask(1, 1), 0.2)
+    assert close(value_loss(new + 9, old + 9, returns + 9, mask(1, 1), 0.2)[0], clipped, 1e-4)
 
 
 @pytest.mark.parametrize("poison", [1e4, NAN])
@@ -330,6 +391,12 @@ def test_losses_refuse_shapes_that_would_broadcast():
 def test_the_kl_coefficient_rises_when_kl_is_above_target():
     # KL 7 for 6: error 1/6, so 0.1 * (1 + 1/6 * 100 / 1000).
     assert close(adaptive_kl_coef(0.1, 7.0, 6.0, 100, 1000), 0.1 * (1 + 1 / 60))
+
+
+def test_at_its_target_the_kl_coefficient_stays_and_units_do_not_matter():
+    assert adaptive_kl_coef(0.1, 6.0, 6.0, 100, 1000) == 0.1
+    in_bits = adaptive_kl_coef(0.1, 7.0 / math.log(2), 6.0 / math.log(2), 100, 1000)
+    assert close(in_bits, adaptive_kl_coef(0.1, 7.0, 6.0, 100, 1000))
 
 
 def test_the_error_of_the_kl_controller_is_cut_at_a_fifth():

@@ -204,8 +204,20 @@ def test_where_pad_is_eos_the_eos_stays_a_real_token(pad_token):
         assert (response[-1] == 1) == ended and 1 not in response[:-1]
 
 
-def test_the_rollouts_logprobs_are_those_of_the_sampler():
+def test_the_rollouts_logprobs_are_those_of_the_sampler(monkeypatch):
     # The KV cache sees left-padded prompts one token at a time; the scoring pass sees whole rows.
+    drawn, multinomial = [], torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda probabilities, *others, **named: (
+        drawn.append(probabilities) or multinomial(probabilities, *others, **named)))
+    policy = Policy(make_lm("GPT2"), 0, [1], temperature=0.7)
+    rollout = collect_rollout(ActorCritic(policy), policy, PROMPTS, ARGS, seed=0)
+    response_ids = rollout.sequence_ids[:, -rollout.response_len :]
+    sampled = torch.stack(drawn, dim=1).gather(-1, response_ids[..., None])[..., 0].log()
+    mask = rollout.response_mask
+    assert mask.sum() > 6 and torch.allclose(sampled[mask], rollout.old_logprobs[mask], atol=1e-5)
+
+
+def test_the_rollouts_logprobs_are_log_softmax_of_the_models_logits_over_temperature():
     policy = Policy(make_lm("GPT2"), 0, [1], temperature=0.7)
     rollout = collect_rollout(ActorCritic(policy), policy, PROMPTS, ARGS, seed=0)
     for i, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
@@ -279,7 +291,7 @@ def test_the_kl_of_a_response_is_the_sum_over_its_tokens():
 
 
 def scored_rollout(scores):
-    """Two real tokens and one padded slot per row; the second row never ended."""
+    """Two real tokens and one padded slot; three real tokens in a row that never ended."""
     rollout = collect_rollout(ActorCritic(Policy(make_lm(), 0, [1])), Policy(make_lm(), 0, [1]),
                               PROMPTS[:2], ARGS, seed=0)
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]], dtype=torch.bool)

@@ -1,6 +1,6 @@
 """Claim: the update does what its flags say, on every token once per epoch, and on nothing else.
 
-Reference: the gradient of one whole minibatch; hashes of the frozen models; recorded indices.
+Reference: the gradient of one whole minibatch; recorded rows, minibatches and optimizer steps.
 Run: python -m pytest tests/test_update.py (10 seconds)
 """
 
@@ -51,6 +51,15 @@ def setting(args=ARGS, family="Llama"):
     return actor_critic, rollout
 
 
+def moved_setting():
+    """The same in the middle of an update: new and old differ, and some tokens are clipped."""
+    actor_critic, rollout = setting()
+    for name in ("old_logprobs", "old_values"):
+        noise = 0.3 * torch.randn(rollout.response_mask.shape)
+        setattr(rollout, name, getattr(rollout, name) + noise * rollout.response_mask)
+    return actor_critic, rollout
+
+
 def gradient(model):
     """All gradients in one vector."""
     return torch.cat([x.grad.flatten() for x in model.parameters() if x.grad is not None])
@@ -58,7 +67,7 @@ def gradient(model):
 
 def minibatch_gradient(args):
     """Gradient of the PPO loss of all 8 rows."""
-    actor_critic, rollout = setting()
+    actor_critic, rollout = moved_setting()
     rollout.ref_logprobs = rollout.ref_logprobs - 0.1 * rollout.response_mask
     backward_minibatch(actor_critic, rollout, 0.05, args)
     return gradient(actor_critic)
@@ -95,8 +104,9 @@ def test_the_mean_of_the_parts_means_would_be_another_gradient():
 
 
 def test_the_order_of_the_rows_changes_nothing():
-    actor_critic, rollout = setting()
+    actor_critic, rollout = moved_setting()
     forward = backward_minibatch(actor_critic, rollout, 0.05, ARGS)
+    assert forward["clipfrac"] > 0 and forward["vf_clipfrac"] > 0  # or it would show little
     backward = backward_minibatch(actor_critic, rollout.select(range(7, -1, -1)), 0.05, ARGS)
     assert forward == pytest.approx(backward, abs=1e-5)
 
@@ -104,7 +114,7 @@ def test_the_order_of_the_rows_changes_nothing():
 def test_the_padding_of_a_rollout_reaches_neither_loss_nor_statistics():
     results = []
     for junk in (0.0, 1e4, float("nan")):
-        actor_critic, rollout = setting()
+        actor_critic, rollout = moved_setting()
         for name in ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns"):
             clean = getattr(rollout, name)
             setattr(rollout, name, torch.where(rollout.response_mask, clean, junk))
@@ -164,18 +174,31 @@ def test_ptx_adds_the_gradient_of_the_sft_loss_times_its_coefficient(monkeypatch
 # Steps -------------------------------------------------------------------------------------------
 
 
-def test_each_row_is_used_once_per_epoch_in_a_new_order():
+def test_sft_and_reward_model_see_each_example_once_per_epoch_in_a_new_order():
     batches = shuffled_minibatches(list(range(8)), 2, 4, random.Random(0))
     first, second = batches[0] + batches[1], batches[2] + batches[3]
     assert sorted(first) == sorted(second) == list(range(8)) and first != second
 
 
+def test_each_row_is_used_once_per_epoch_in_a_new_order(monkeypatch):
+    rows, select = [], ppo_rlhf.Rollout.select
+
+    def recording_select(rollout, idx):
+        if len(rollout.ended) == 8:  # the whole rollout: idx is a minibatch
+            rows.extend(idx)
+        return select(rollout, idx)
+
+    monkeypatch.setattr(ppo_rlhf.Rollout, "select", recording_select)
+    run_update(ARGS)
+    first, second = rows[:8], rows[8:]
+    assert sorted(first) == sorted(second) == list(range(8)) and first != second
+
+
 def test_there_are_epochs_times_minibatches_optimizer_steps(monkeypatch):
-    calls, original = [], ppo_rlhf.backward_minibatch
-    monkeypatch.setattr(ppo_rlhf, "backward_minibatch",
-                        lambda *x: calls.append(1) or original(*x))
+    steps, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: steps.append(1) or step(self))
     run_update(replace(ARGS, update_epochs=3))
-    assert len(calls) == 3 * 2
+    assert len(steps) == 3 * 2
 
 
 def test_a_step_of_sgd_is_as_long_as_the_clipped_gradient():
@@ -200,14 +223,17 @@ def test_the_entropy_bonus_raises_the_entropy():
     assert after[mask].mean() > rollout.entropies[mask].mean()
 
 
-def test_targets_stay_the_same_over_the_epochs():
-    args = ARGS
-    actor_critic, rollout = setting(args)
-    before = copy.deepcopy((rollout.old_logprobs, rollout.advantages, rollout.returns))
-    optimizer = make_optimizer(actor_critic, args)
-    update_policy(actor_critic, optimizer, rollout, 0.05, args, 0, None, [])
-    after = rollout.old_logprobs, rollout.advantages, rollout.returns
-    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+def test_targets_stay_the_same_over_the_epochs(monkeypatch):
+    seen, original = [], ppo_rlhf.backward_minibatch
+
+    def recording(actor_critic, minibatch, *others):
+        seen.append(minibatch.select(minibatch.scores.argsort().tolist()))  # in a fixed order
+        return original(actor_critic, minibatch, *others)
+
+    monkeypatch.setattr(ppo_rlhf, "backward_minibatch", recording)
+    run_update(replace(ARGS, minibatch_size=8, microbatch_size=8, update_epochs=2))
+    for name in ("old_logprobs", "old_values", "advantages", "returns"):
+        assert torch.equal(getattr(seen[0], name), getattr(seen[1], name))
 
 
 def test_target_kl_ends_the_epochs():
@@ -231,9 +257,11 @@ def test_a_good_response_becomes_likelier_and_a_bad_one_less_likely():
 def test_the_critic_learns_at_its_own_rate():
     actor_critic, rollout = setting()
     args = replace(ARGS, critic_learning_rate=1e-9)
+    before = actor_critic.policy.lm.lm_head.weight.clone()
     update_policy(actor_critic, make_optimizer(actor_critic, args), rollout, 0.05, args, 0,
                   None, [])
     assert actor_critic.value_head.weight.abs().max() < 1e-6
+    assert (actor_critic.policy.lm.lm_head.weight - before).abs().max() > 1e-3
 
 
 def test_nothing_stored_in_a_rollout_requires_grad():
