@@ -4,11 +4,12 @@
     python benchmarks/planted_bugs.py             # runs what is missing, two at a time
     python benchmarks/planted_bugs.py --table     # the table, from the committed results
 
-Each bug happened to somebody (the numbers are those of the project's list of pitfalls) or is a near
-relative of one that did. For each, the behavioural tests run until the first failure, fastest file
-first; tests that compare the text of the files, their copies, or the README with results are left
-out: they would notice any change. A bug that no test catches is a missing test. Each result is
-written to results/planted_bugs.json at once; a change of files or tests starts the list anew.
+Each bug happened to somebody (the table says where; numbers are issues and pull requests on GitHub)
+or is a near relative of one that did. For each, the behavioural tests run until the first failure,
+fastest file first; tests that compare the text of the files, their copies, or the README with
+results are left out: they would notice any change. First the files as they are have to pass. A bug
+that no test catches is a missing test. Each result is written to results/planted_bugs.json at once;
+a change of files, tests or bugs starts the list anew.
 """
 
 import hashlib
@@ -22,15 +23,33 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from classic import hardware  # benchmarks/classic.py
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "planted_bugs.json"
 TESTS = {
     "ppo_rlhf.py": ["test_math.py", "test_rollout.py", "test_update.py", "test_data.py",
-                    "test_pipeline.py"],
+                    "test_pipeline.py", "test_optimum.py"],
     "ppo_classic.py": ["test_classic.py"],
 }
+SEEN = {
+    1: "trlX #107, NeMo-Aligner #68", 2: "OpenRLHF #217, TransformerLens #1609",
+    3: "verl #50, ROLL #447", 4: "Stable-Baselines3 #105, RoboVerse #814",
+    5: "trlX #401, trl #734", 6: "DeepSpeedExamples #470, trl #2387",
+    7: "trl #3750, spinningup #50", 8: "verl #1758, trlX #509", 9: "OpenRLHF #853, trl #4159",
+    10: "trl #235, MedicalGPT #374", 11: "trl #1540, reef #536", 12: "trl #2057, #702",
+    13: "transformers #35909, trl #937", 14: "trl #6805, OpenRLHF #238",
+    15: "open-instruct #534, verl #2953", 16: "trlX #361, #441", 17: "trl #407, verl #906",
+    18: "CleanRL #198, Stable-Baselines3 #633", 19: "CleanRL #499", 20: "verl #2506",
+    21: "CleanRL #337, #494, rlhf-book #216", 22: "Stable-Baselines3 #325, OpenRLHF #1250",
+    23: "OpenRLHF #1240", 24: "OpenRLHF #634", 25: "trl #1783, #1650",
+    26: "Stable-Baselines3 #1533, trlX #203", 27: "trlX #522", 28: "trl #224, tianshou #742",
+    29: "trl #1674, #3853", 30: "trl #2022, open-instruct #756", 31: "trl #1643, #2657",
+    32: "trl #5174", 33: "trl #546, verl #1524", 34: "OpenRLHF #1219",
+    35: "Stable-Baselines3 #150, #227", 36: "CleanRL #400", 37: "Stable-Baselines3, changelog",
+}
 
-# (number in the list of pitfalls, what the bug is, the line, the line with the bug)
+# (key of SEEN or None, what the bug is, the line, the line with the bug)
 RLHF = [
     (1, "old log-probabilities without the attention mask",
      "inputs = sequence_ids[idx], sequence_mask[idx], response_ids.shape[1]",
@@ -108,7 +127,7 @@ RLHF = [
      "share = torch.tensor(len(mask) / len(minibatch.response_mask))"),
     (17, "accumulation averages averages in SFT",
      "loss = loss_sum(model, part) / num_terms",
-     "loss = loss_sum(model, part) / num_terms * len(examples) / len(part) / 2"),
+     "loss = loss_sum(model, part) / sum(len(x[1]) for x in part) * len(part) / len(examples)"),
     (20, "advantages and returns swapped",
      "    return advantages, advantages + values\n",
      "    return advantages + values, advantages\n"),
@@ -136,7 +155,8 @@ RLHF = [
      "logits = output.logits.float() / self.temperature",
      "logits = output.logits / self.temperature"),
     (25, "the separate critic starts from a random head",
-     "actor_critic.value_head.weight.copy_(head.weight / score_norm.std)", "pass"),
+     "actor_critic.value_head.weight.copy_(head.weight / score_norm.std)",
+     "nn.init.normal_(actor_critic.value_head.weight)"),
     (26, "the value head starts at random",
      "nn.init.zeros_(self.value_head.weight)  # V = 0: at first no opinion [N details, P2]",
      "nn.init.normal_(self.value_head.weight)"),
@@ -181,30 +201,30 @@ RLHF = [
     (35, "entropy with the wrong sign",
      "return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)",
      "return (logits.softmax(-1) * logits).sum(-1) - logits.logsumexp(-1)"),
-    ("7.1", "the clip on the wrong side",
+    (None, "the clip on the wrong side",
      "loss = -masked_mean(torch.min(unclipped, clipped), mask)",
      "loss = -masked_mean(torch.max(unclipped, clipped), mask)"),
-    ("7.2", "the ratio upside down",
+    (None, "the ratio upside down",
      "ratio = torch.exp(torch.where(mask, new_logprobs - old_logprobs, 0))\n    unclipped",
      "ratio = torch.exp(torch.where(mask, old_logprobs - new_logprobs, 0))\n    unclipped"),
-    ("7.3", "the policy loss with the wrong sign",
+    (None, "the policy loss with the wrong sign",
      "loss = -masked_mean(torch.min(unclipped, clipped), mask)",
      "loss = masked_mean(torch.min(unclipped, clipped), mask)"),
-    ("9.1", "the value loss takes the smaller error",
+    (None, "the value loss takes the smaller error",
      "loss = 0.5 * masked_mean(torch.max(unclipped, clipped), mask)",
      "loss = 0.5 * masked_mean(torch.min(unclipped, clipped), mask)"),
-    ("9.2", "the value loss without its weight",
+    (None, "the value loss without its weight",
      "loss = pg_loss + args.vf_coef * vf_loss - args.ent_coef * mean_entropy",
      "loss = pg_loss + vf_loss - args.ent_coef * mean_entropy"),
-    ("9.3", "the entropy bonus punishes entropy",
+    (None, "the entropy bonus punishes entropy",
      "loss = pg_loss + args.vf_coef * vf_loss - args.ent_coef * mean_entropy",
      "loss = pg_loss + args.vf_coef * vf_loss + args.ent_coef * mean_entropy"),
-    ("RM", "the reward model prefers the rejected response",
+    (None, "the reward model prefers the rejected response",
      "return chosen_scores - rejected_scores", "return rejected_scores - chosen_scores"),
-    ("SFT", "SFT trains on the prompt too",
+    (None, "SFT trains on the prompt too",
      "return -torch.where(response_mask, logprobs, 0).sum()",
      "return -policy(sequence_ids, sequence_mask, sequence_ids.shape[1] - 1)[0].sum()"),
-    ("lr", "the learning rate is not annealed",
+    (None, "the learning rate is not annealed",
      "scale = 1 - (step - 1) / num_steps if anneal else 1.0", "scale = 1.0"),
 ]
 CLASSIC = [
@@ -240,14 +260,14 @@ CLASSIC = [
      "0.5 * math.log(2 * math.pi * math.e)).mean(dim=-1)"),
     (37, "unbounded actions reach the environment",
      "return np.clip(actions, space.low, space.high)", "return actions"),
-    ("Co8", "reward statistics run on over the end of an episode",
+    (None, "reward statistics run on over the end of an episode",
      "self.discounted = torch.where(ended, 0, rows[-1])", "self.discounted = rows[-1]"),
-    ("T1", "β moves the wrong way", "if observed_kl < kl_target / 1.5:",
+    (None, "β moves the wrong way", "if observed_kl < kl_target / 1.5:",
      "if observed_kl > kl_target / 1.5:"),
-    ("T1", "KL(new, old) instead of KL(old, new)",
+    (None, "KL(new, old) instead of KL(old, new)",
      "kl_beta * kl_penalty(old_logprobs, new_logprobs).mean()",
      "kl_beta * kl_penalty(new_logprobs, old_logprobs).mean()"),
-    ("lr", "the learning rate is not annealed",
+    (None, "the learning rate is not annealed",
      "scale = 1 - (iteration - 1) / args.num_iterations if args.anneal_lr else 1.0",
      "scale = 1.0"),
 ]
@@ -260,32 +280,41 @@ def fingerprint():
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()[:12]
 
 
-def plant(bug):
-    """Run the tests on a copy with one bug. Returns: the test that caught it, or None."""
-    file_name, _, name, line, bugged_line = bug
-    text = (ROOT / file_name).read_text()
-    if text.count(line) != 1:
-        raise ValueError(f"{name}: the line occurs {text.count(line)} times in {file_name}")
+def first_failure(file_name, line, bugged_line):
+    """Run the tests on a copy in which line is bugged_line. Returns: the first test that fails, or
+    None. Errors outside a test (a file that cannot be imported) are no catch: they raise."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT, folder, dirs_exist_ok=True,
                         ignore=shutil.ignore_patterns(".git", "runs", "results", "__pycache__"))
-        Path(folder, file_name).write_text(text.replace(line, bugged_line))
+        path = Path(folder, file_name)
+        path.write_text(path.read_text().replace(line, bugged_line))
         tests = [f"tests/{test}" for test in TESTS[file_name]]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-        process = subprocess.run(command, cwd=folder, capture_output=True, text=True,
+        process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900,
                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
-    failed = re.search(r"^(?:FAILED|ERROR) tests/([\w.]+)(?:::(\w+))?", process.stdout, re.M)
-    return {"bug": name, "file": file_name,
-            "caught_by": f"{failed[1]}::{failed[2]}" if failed else None}
+    if process.returncode == 0:
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) tests/([\w.]+)::(\w+)", process.stdout, re.M)
+    if not failed:
+        raise RuntimeError(f"{bugged_line}: {process.stdout[-2000:]}")
+    return f"{failed[1]}::{failed[2]}"
+
+
+def plant(bug):
+    """Plant one bug. Returns: its record."""
+    file_name, seen, name, line, bugged_line = bug
+    if (count := (ROOT / file_name).read_text().count(line)) != 1:
+        raise ValueError(f"{name}: the line occurs {count} times in {file_name}")
+    return {"bug": name, "file": file_name, "seen": SEEN.get(seen, ""),
+            "caught_by": first_failure(file_name, line, bugged_line)}
 
 
 def table(bugs):
     """A line per bug, then how many different tests did the catching."""
-    numbers = {(bug[0], bug[2]): bug[1] for bug in BUGS}
-    print("| pitfall | file | planted bug | caught by |\n|---|---|---|---|")
-    for x in bugs:
-        number = numbers[x["file"], x["bug"]]
-        print(f"| {number} | {x['file']} | {x['bug']} | `{x['caught_by']}` |")
+    order = {(bug[0], bug[2]): i for i, bug in enumerate(BUGS)}
+    print("| file | planted bug | seen in | caught first by |\n|---|---|---|---|")
+    for x in sorted(bugs, key=lambda x: order[x["file"], x["bug"]]):
+        print(f"| {x['file']} | {x['bug']} | {x['seen']} | `{x['caught_by']}` |")
     caught = {x["caught_by"] for x in bugs} - {None}
     print(f"\n{len(bugs)} bugs, {sum(x['caught_by'] is None for x in bugs)} not caught, "
           f"{len(caught)} different tests caught one first")
@@ -296,7 +325,11 @@ def main():
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if "--table" not in sys.argv:
         if results.get("fingerprint") != fingerprint():
-            results = {"fingerprint": fingerprint(), "bugs": []}
+            for file_name in TESTS:
+                if failure := first_failure(file_name, "", ""):
+                    raise SystemExit(f"{failure} fails without any bug")
+            results = {"hardware": hardware("torch", "transformers", "gymnasium"),
+                       "fingerprint": fingerprint(), "bugs": []}
         done = {(x["file"], x["bug"]) for x in results["bugs"]}
         missing = [bug for bug in BUGS if (bug[0], bug[2]) not in done]
         with ThreadPoolExecutor(2) as pool:

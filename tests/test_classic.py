@@ -317,6 +317,12 @@ def test_adam_and_the_first_weights_are_those_of_the_37_details(args, monkeypatc
     assert math.isclose(last.norm().item(), 0.01 * math.sqrt(2), rel_tol=1e-5)
 
 
+def test_hidden_layers_start_with_gain_sqrt_2(args):
+    agent, _, _ = make("CartPole-v1", args)
+    for layer, size in ((agent.critic[0], 4), (agent.critic[2], 64)):  # orthogonal columns
+        assert math.isclose(layer.weight.norm().item(), math.sqrt(2 * size), rel_tol=1e-5)
+
+
 # Running statistics -------------------------------------------------------------------------------
 
 
@@ -373,6 +379,13 @@ def test_the_discounted_rewards_of_a_run_start_anew_with_every_episode(args):
           norm_reward=True, gamma=0.1)  # episodes of three steps, truncated
     saved = torch.load(Path(args.output_dir, "run", "model.pt"))["reward_norm"]
     assert math.isclose(saved["stats.mean"], (1 + 1.1 + 1.11) / 3, rel_tol=1e-5)
+
+
+def test_clipping_of_observations_and_rewards_has_two_sides():
+    assert ppo.RunningStats(1)(torch.tensor([[-100.0]])).item() == -10
+    rewards = torch.zeros(1000, 1)
+    rewards[0] = -1
+    assert ppo.RewardNorm(1, gamma=0.0).update_and_scale(rewards, rewards > 1)[0] == -10
 
 
 # Update -------------------------------------------------------------------------------------------
@@ -473,6 +486,39 @@ def test_shapes_that_would_broadcast_are_refused():
 def test_without_a_kl_penalty_its_weight_is_ignored(args):
     a, b = train(args, run_name="a"), train(args, run_name="b", kl_beta=50.0)
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("ratio", "advantage", "objective", "cut"), [
+    (1.5, 1.0, 1.2, True), (0.5, 1.0, 0.5, False), (1.5, -1.0, -1.5, False),
+    (0.5, -1.0, -0.8, True)])
+def test_the_four_corners_of_clipping(ratio, advantage, objective, cut):
+    loss, clipfrac = ppo.policy_loss(torch.tensor([math.log(ratio)]), torch.zeros(1),
+                                     torch.tensor([advantage]), 0.2)
+    assert math.isclose(loss, -objective, rel_tol=1e-6) and clipfrac == cut
+
+
+def test_value_clipping_takes_the_larger_error():
+    # V moves from 0 to 1 with target 1: clipped to 0.2, error 0.8 instead of 0.
+    loss, clipfrac = ppo.value_loss(torch.ones(1), torch.zeros(1), torch.ones(1), 0.2)
+    assert math.isclose(loss, 0.5 * 0.8**2, rel_tol=1e-6) and clipfrac == 1
+
+
+def test_values_are_clipped_by_default(args):
+    agent, envs, args = make("Counter-v0", args)
+    rollout = ppo.collect_rollout(agent, envs, args)
+    rollout.advantages, rollout.returns = torch.zeros(20, 1), rollout.old_values
+    rollout.old_values = rollout.old_values + 1  # V is right, but has moved by 1
+    stats = ppo.update_policy(agent, torch.optim.SGD(agent.parameters(), 0.0), rollout, 0.0, args)
+    assert stats["vf_clipfrac"] == 1
+
+
+def test_the_explained_variance_of_an_update_is_that_of_its_returns(args):
+    agent, envs, args = make("Counter-v0", args)
+    rollout = ppo.collect_rollout(agent, envs, args)
+    rollout.advantages, rollout.returns = torch.randn(20, 1), 5 * torch.randn(20, 1)
+    stats = ppo.update_policy(agent, torch.optim.Adam(agent.parameters()), rollout, 0.0, args)
+    assert stats["explained_variance"] == ppo.explained_variance(rollout.returns,
+                                                                 rollout.old_values)
 
 
 # The whole run ------------------------------------------------------------------------------------
@@ -649,3 +695,41 @@ def test_other_action_spaces_are_refused(args, capsys, monkeypatch):
 def test_observations_of_any_shape_become_one_row(args):
     assert ppo.make_env("FrozenLake-v1").observation_space.shape == (16,)  # one of 16 fields
     train(args, env_id="FrozenLake-v1", total_timesteps=40)
+
+
+def test_the_curve_of_returns_is_not_that_of_lengths(args, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    step = Counter.step
+    monkeypatch.setattr(Counter, "step", lambda *x: (lambda y: (y[0], 2.0, *y[2:]))(step(*x)))
+    train(args, env_id="Counter-v0")
+    events = EventAccumulator(str(Path(args.output_dir, "run"))).Reload()
+    values = [{x.value for x in events.Scalars(f"charts/episodic_{name}")}
+              for name in ("return", "length")]
+    assert values == [{6.0}, {3.0}]
+
+
+def test_beta_goes_on_from_where_it_was(args):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(args, env_id="Clock-v0", policy_loss="kl-adaptive", kl_target=10.0, num_steps=6,
+          total_timesteps=36)
+    events = EventAccumulator(str(Path(args.output_dir, "run"))).Reload()
+    assert [x.value for x in events.Scalars("losses/kl_beta")] == [1.0, 0.5, 0.25]
+
+
+def test_the_saved_model_is_that_of_the_last_iteration(args, monkeypatch):
+    kept = []
+    monkeypatch.setattr(ppo, "evaluate", lambda agent, *x: kept.append(agent))
+    saved = train(args, total_timesteps=41 * 40)  # a save after every second of 41 iterations
+    for a, b in zip(saved.parameters(), kept[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_evaluation_seeds_are_far_from_those_of_training(args, monkeypatch):
+    agent, _, args = make("Counter-v0", replace(args, eval_episodes=2))
+    seeds, reset = [], Counter.reset
+    monkeypatch.setattr(Counter, "reset", lambda self, seed=None, options=None:
+                        seeds.append(seed) or reset(self))
+    ppo.evaluate(agent, args, Path())
+    assert len(set(seeds)) == 2 and min(seeds) > args.seed + 100_000

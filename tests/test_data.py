@@ -19,6 +19,7 @@ from ppo_rlhf import (
     draw_reviews,
     encode_examples,
     gold_reward,
+    hold_out,
     is_grammatical,
     pad_rows,
     prompt_batch,
@@ -191,6 +192,12 @@ def test_evaluation_prompts_are_never_trained_on(tiny_args, monkeypatch):
     trained = data.prompts + [x[0] for x in data.demonstrations + data.comparisons]
     assert len(data.eval_prompts) == 4
     assert not {tuple(x) for x in trained} & {tuple(x) for x in data.eval_prompts}
+
+
+def test_demonstrations_with_prompts_of_their_own_are_held_out_where_there_are_enough():
+    examples = [([i], [1]) for i in range(8)]
+    assert hold_out(examples, set(), 2) == (examples[2:], examples[:2])
+    assert hold_out(examples[:7], set(), 2) == (examples[:7], examples[:2])
 
 
 def test_a_policy_whose_tokenizer_is_too_big_is_refused(tiny_args, tmp_path, capsys):

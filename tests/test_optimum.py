@@ -23,9 +23,10 @@ bandit.MAX_LEN, BETA = 3, 0.2
 
 @pytest.fixture(scope="module")
 def instance(tmp_path_factory):
-    """Reference, reward model and prompts of instance 1, on disk."""
+    """Reference, reward model and prompts of instance 18, on disk: at its optimum three responses
+    in ten end by EOS, the others at the limit."""
     folder = tmp_path_factory.mktemp("bandit")
-    bandit.make_instance(folder, 1)
+    bandit.make_instance(folder, 18)
     return folder
 
 
@@ -93,4 +94,6 @@ def test_ppo_gains_nine_tenths_of_what_can_be_gained(instance, tmp_path):
     with contextlib.redirect_stdout(None):
         ppo_rlhf.main(args)
     found = bandit.report(tmp_path / "run" / "policy", instance, BETA, None)
-    assert found["share"] > 0.9 and found["kl"] == pytest.approx(found["kl_optimum"], rel=0.2)
+    assert found["share"] > 0.9 and found["total_variation"] < 0.35
+    assert found["kl"] == pytest.approx(found["kl_optimum"], rel=0.2)
+    assert found["eos"] == pytest.approx(found["eos_optimum"], abs=0.1)

@@ -13,7 +13,7 @@ import torch
 from conftest import make_lm, make_reward_model, make_tokenizer, read_metrics, run, save
 
 import ppo_rlhf
-from ppo_rlhf import Args, main
+from ppo_rlhf import Args, Data, Policy, compare_own_samples, main
 
 METRIC_KEYS = """rollout/score_mean rollout/score_std rollout/kl rollout/rewards_mean
 rollout/response_len rollout/eos_share rollout/entropy rollout/distinct_2 ppo/policy_loss
@@ -185,6 +185,33 @@ def forget_gold_after_labelling(monkeypatch):
 
     monkeypatch.setattr(ppo_rlhf, "compare_own_samples", label_with_gold)
     monkeypatch.setattr(ppo_rlhf, "gold_reward", lambda *x: 0.0)
+
+
+def test_the_adapted_kl_coef_is_carried_on_and_used_in_the_rewards(tiny_args, monkeypatch):
+    used, original = [], ppo_rlhf.compute_rewards
+    monkeypatch.setattr(ppo_rlhf, "compute_rewards", lambda rollout, norm, kl_coef, args:
+                        used.append(kl_coef) or original(rollout, norm, kl_coef, args))
+    metrics = run(tiny_args, kl_target=1e6, kl_horizon=8, total_episodes=32)
+    # KL far below its target: each time a fifth less.
+    assert used == pytest.approx([0.05 * 0.8**i for i in range(4)])
+    assert used == [x["ppo/kl_coef"] for x in metrics]
+
+
+def test_evaluations_share_prompts_and_seed_and_iterations_do_not(tiny_args, monkeypatch):
+    calls, original = [], ppo_rlhf.collect_rollout
+    monkeypatch.setattr(ppo_rlhf, "collect_rollout", lambda *x: calls.append(x) or original(*x))
+    run(tiny_args, total_episodes=32)
+    prompts, seeds = [{tuple(p) for p in x[2]} for x in calls], [x[4] for x in calls]
+    assert prompts[0] == prompts[-1] and not prompts[0] & set.union(*prompts[1:-1])
+    assert seeds[0] == seeds[-1] and len(set(seeds)) == 1 + 4
+
+
+def test_demonstrations_are_always_read_at_temperature_1(tiny_args, monkeypatch):
+    temperatures, original = [], ppo_rlhf.sft_loss_sum
+    monkeypatch.setattr(ppo_rlhf, "sft_loss_sum", lambda policy, x:
+                        temperatures.append(policy.temperature) or original(policy, x))
+    run(tiny_args, temperature=0.5, ptx_coef=1.0)
+    assert set(temperatures) == {1.0}
 
 
 def test_gold_is_reported_and_never_trained_on(tmp_path, monkeypatch, small_reviews):
@@ -359,3 +386,59 @@ def test_defaults_follow_from_model_and_reward(tiny_args):
     assert (given.learning_rate, given.score_norm) == (3e-6, "none")
     assert (scratch.learning_rate, scratch.score_norm) == (1e-4, "sft")
     assert scratch.critic_learning_rate == 10 * scratch.learning_rate
+
+
+# Comparisons, reward models with their tokenizers, samples ----------------------------------------
+
+
+def test_the_annotator_prefers_the_response_with_more_gold(monkeypatch):
+    monkeypatch.setattr(ppo_rlhf, "gold_rewards", lambda texts, ended:
+                        [5.0 * len(y.split()) for _, y in texts])  # 5 more: 20,000 to 1
+    comparisons = compare_own_samples(Policy(make_lm(), 0, [1]), [[4], [5], [6]] * 20,
+                                      make_tokenizer(), Args(response_len=6))
+    more = [sum(t != 1 for t in x) - sum(t != 1 for t in y) for _, x, y in comparisons]
+    assert min(more) == 0 < max(more)
+
+
+def test_the_reward_model_is_judged_on_samples_to_held_out_prompts(monkeypatch):
+    asked, data = [], Data([[4]], [], [], [[5]], [], [])
+    monkeypatch.setattr(ppo_rlhf, "compare_own_samples", lambda _, x, *y: asked.append(x) or x)
+    monkeypatch.delattr(ppo_rlhf, "new_reward_model")
+    with pytest.raises(NameError):  # what comes next
+        ppo_rlhf.train_reward_model(None, data, None, Args(), None)
+    assert asked == [[[4]] * 6000, [[5]] * 500]
+
+
+def test_a_tokenizer_that_writes_eos_by_itself_gets_no_second_one():
+    def writes_eos(texts):
+        return {"input_ids": [[5, 9] for _ in texts]}
+
+    writes_eos.eos_token_id = 9
+    assert ppo_rlhf.retokenise([[4, 1]], tokenizer=make_tokenizer(), eos_ids=[1],
+                               reward_tokenizer=writes_eos) == [[5, 9]]
+
+
+def test_the_same_words_with_other_ids_are_other_tokens(tiny_args, tmp_path):
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    moved = json.loads(make_tokenizer().backend_tokenizer.to_str())
+    words = list(moved["model"]["vocab"])
+    moved["model"]["vocab"] = {w: i for i, w in enumerate(words[:4] + words[:3:-1])}
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(moved)),
+                                    pad_token="[PAD]", eos_token="[EOS]")
+    args = replace(tiny_args, reward_model=save(tmp_path / "reward", make_reward_model(), other))
+    data = Data([], [([4], [5, 1])] * 2, [], [], [], [])
+    args = ppo_rlhf.resolve_args(args)
+    policy = Policy(make_lm(), 0, [1])
+    assert ppo_rlhf.load_given_reward(args, policy, make_tokenizer(), data)[2] is False
+
+
+def test_the_total_of_a_sample_is_its_score_minus_the_weighted_kl(tiny_args, reward_file):
+    run(tiny_args, reward_fn=f"{reward_file}:count_good", missing_eos_penalty=0.0, kl_coef=0.5,
+        total_episodes=32)
+    lines = (Path(tiny_args.output_dir) / "run" / "samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    for x in samples:
+        assert x["total"] == pytest.approx(x["score"] - 0.5 * x["kl"], abs=1e-4)
+    assert max(abs(x["kl"]) for x in samples) > 0.01

@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_rollout.py (25 seconds)
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,8 +26,11 @@ from ppo_rlhf import (
     model_scores,
     new_reward_model,
     pad_rows,
+    print_before_after,
     response_kl,
+    rollout_metrics,
     sample_responses,
+    save_policy,
 )
 
 PROMPTS, RESPONSES = [[4], [5, 6, 7, 8], [9, 10]], [[11, 12, 1], [13, 1], [14, 15, 4, 5]]
@@ -259,6 +263,11 @@ def test_a_score_does_not_depend_on_the_texts_beside_it(family):
     assert torch.allclose(together, alone, atol=1e-5)
 
 
+def test_a_text_too_long_for_the_reward_model_keeps_its_end():
+    reward_model, row = make_reward_model(max_position_embeddings=4), [4, 5, 6, 7, 8, 1]
+    assert torch.equal(model_scores(reward_model, [row]), model_scores(reward_model, [row[-4:]]))
+
+
 @pytest.mark.parametrize("pad_token", ["[PAD]", "[EOS]"])
 def test_our_reward_model_reads_the_eos_even_where_pad_is_eos(pad_token):
     policy = make_policy(make_lm(), make_tokenizer(pad_token=pad_token), 1.0, "float32")
@@ -313,11 +322,55 @@ def test_scores_are_normalised_then_clipped_then_penalised():
     assert rewards.tolist() == [[0, 1.5, 0], [0, 0, -1]]
 
 
-def test_running_normalisation_follows_all_scores_so_far():
-    norm, first, second = ScoreNorm(running=True), torch.randn(10), 3 + 2 * torch.randn(7)
-    norm(first)
-    normalised = norm(second)
-    seen = torch.cat([first, second])
-    assert norm.mean == pytest.approx(seen.mean().item(), abs=1e-5)
-    assert norm.std == pytest.approx(seen.std(correction=0).item(), abs=1e-5)
-    assert torch.allclose(normalised, (second - norm.mean) / norm.std, atol=1e-5)
+def test_running_normalisation_follows_three_batches_of_scores():
+    norm, scores = ScoreNorm(running=True), 3 + 2 * torch.randn(30)
+    normalised = [norm(part) for part in scores.split([10, 4, 16])]
+    assert norm.mean == pytest.approx(scores.mean().item(), abs=1e-5)
+    assert norm.std == pytest.approx(scores.std(correction=0).item(), abs=1e-5)
+    assert torch.allclose(normalised[2], (scores[14:] - norm.mean) / norm.std, atol=1e-5)
+
+
+def test_a_kl_in_the_loss_is_not_in_the_reward_too():
+    rollout = replace(scored_rollout([1.0, 2.0]), ref_logprobs=-torch.ones(2, 3))
+    args = replace(ARGS, kl_in="loss", kl_estimator="k2")
+    assert compute_rewards(rollout, ScoreNorm(), 0.5, args).tolist() == [[0, 1, 0], [0, 0, 2]]
+
+
+def test_whitened_rewards_have_std_1_and_keep_their_mean():
+    rewards = compute_rewards(scored_rollout([1.0, 4.0]), ScoreNorm(), 0.0,
+                              replace(ARGS, whiten_rewards=True))
+    real = rewards[scored_rollout([1.0, 4.0]).response_mask]  # before: 0, 1, 0, 0, 4
+    assert real.mean().item() == pytest.approx(1.0, abs=1e-5)
+    assert real.std(correction=0).item() == pytest.approx(1.0, abs=1e-5)
+
+
+# What is reported and saved -----------------------------------------------------------------------
+
+
+def test_the_metrics_of_three_responses_by_hand():
+    ids = torch.tensor([[4, 5, 6, 5, 6], [7, 8, 1, 0, 0], [7, 8, 1, 0, 0]])
+    zeros = torch.zeros(3, 4)
+    rollout = Rollout(ids, ids > 0, ids[:, 1:] > 0, torch.tensor([False, True, True]),
+                      zeros, zeros, zeros, zeros, torch.tensor([1.0, 2.0, 6.0]))
+    metrics = rollout_metrics(rollout, make_tokenizer(), replace(ARGS, dataset="mine"))
+    assert metrics["eos_share"] == pytest.approx(2 / 3) and metrics["score_mean"] == 3
+    assert metrics["response_len"] == pytest.approx(8 / 3)
+    assert metrics["distinct_2"] == 3 / 5  # 5 6, 6 5, 5 6; 8 1; 8 1
+
+
+def test_the_win_rate_is_that_of_ppo_over_sft(capsys):
+    before, after = scored_rollout([1.0, 2.0]), scored_rollout([3.0, 2.0])  # a win and a tie
+    for x in (before, after):
+        x.sequence_ids, x.sequence_mask = (y[:, :4 + 3] for y in (x.sequence_ids, x.sequence_mask))
+    args = replace(ARGS, dataset="mine")
+    print_before_after(({}, before), ({}, after), make_tokenizer(), args)
+    assert "win rate by score                   0.500    0.750" in capsys.readouterr().out
+
+
+def test_generate_of_the_saved_policy_keeps_its_temperature_and_every_eos(tmp_path):
+    lm = make_lm()
+    lm.generation_config.eos_token_id = [1, 2]
+    log = SimpleNamespace(run_dir=tmp_path, tokenizer=make_tokenizer())
+    save_policy(make_policy(lm, log.tokenizer, 0.5, "float32"), log)
+    config = type(lm.generation_config).from_pretrained(tmp_path / "policy")
+    assert config.temperature == 0.5 and config.eos_token_id == [1, 2]

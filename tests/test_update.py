@@ -7,6 +7,7 @@ Run: python -m pytest tests/test_update.py (10 seconds)
 import copy
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,18 +17,27 @@ import ppo_rlhf
 from ppo_rlhf import (
     ActorCritic,
     Args,
+    Data,
     Policy,
     ScoreNorm,
     accumulate_gradients,
+    accuracy,
     backward_minibatch,
     collect_rollout,
     compute_advantages,
     compute_rewards,
     count_response_tokens,
+    fit,
+    gae,
+    kl_penalty,
     lr_scale,
     make_actor_critic,
     make_optimizer,
+    masked_mean,
+    measure_score_norm,
+    perplexity,
     reward_loss_sum,
+    set_learning_rates,
     sft_loss_sum,
     shuffled_minibatches,
     update_policy,
@@ -171,6 +181,30 @@ def test_ptx_adds_the_gradient_of_the_sft_loss_times_its_coefficient(monkeypatch
     assert torch.allclose(seen[0], 3.0 * gradient(actor_critic), atol=1e-5)
 
 
+def test_the_kl_in_the_loss_pulls_the_new_policy_to_the_reference():
+    args = replace(ARGS, kl_in="loss", kl_estimator="k2", vf_coef=0.0, microbatch_size=8)
+    actor_critic, rollout = setting(args)
+    mask, policy = rollout.response_mask, actor_critic.policy
+    rollout.advantages = torch.zeros_like(rollout.advantages)  # nothing else to learn from
+    rollout.ref_logprobs = rollout.ref_logprobs - 0.5 * mask
+    backward_minibatch(actor_critic, rollout, 0.3, args)
+    observed = gradient(policy)
+    policy.zero_grad()
+    logprobs, _, _ = policy(rollout.sequence_ids, rollout.sequence_mask, rollout.response_len)
+    (0.3 * masked_mean(kl_penalty(logprobs, rollout.ref_logprobs, "k2"), mask)).backward()
+    assert observed.abs().max() > 1e-3 and torch.allclose(observed, gradient(policy), atol=1e-6)
+
+
+def test_ptx_draws_new_demonstrations_for_every_step_and_reads_them_at_temperature_1(monkeypatch):
+    actor_critic, rollout = setting()
+    seen, sft_policy = [], object()
+    monkeypatch.setattr(ppo_rlhf, "accumulate_gradients", lambda *x: seen.append(x) or 0.0)
+    update_policy(actor_critic, make_optimizer(actor_critic, ARGS), rollout, 0.05,
+                  replace(ARGS, ptx_coef=1.0), 0, sft_policy, EXAMPLES * 2)
+    assert all(x[1] is sft_policy and len(x[2]) == 4 for x in seen)
+    assert seen[0][2] != seen[1][2]
+
+
 # Steps -------------------------------------------------------------------------------------------
 
 
@@ -223,6 +257,15 @@ def test_the_entropy_bonus_raises_the_entropy():
     assert after[mask].mean() > rollout.entropies[mask].mean()
 
 
+def test_each_step_of_the_update_begins_its_gradient_anew(monkeypatch):
+    (actor_critic, rollout), seen = setting(), []
+    args = replace(ARGS, minibatch_size=8, microbatch_size=8, max_grad_norm=1e9)
+    optimizer = torch.optim.SGD(actor_critic.parameters(), lr=0.0)
+    monkeypatch.setattr(optimizer, "step", lambda: seen.append(gradient(actor_critic)))
+    update_policy(actor_critic, optimizer, rollout, 0.05, args, 0, None, [])
+    assert torch.allclose(seen[0], seen[1], atol=1e-5)  # two epochs, no movement
+
+
 def test_targets_stay_the_same_over_the_epochs(monkeypatch):
     seen, original = [], ppo_rlhf.backward_minibatch
 
@@ -241,6 +284,15 @@ def test_target_kl_ends_the_epochs():
     _, stopped = run_update(replace(ARGS, update_epochs=4, target_kl=1e-9))
     _, four_epochs = run_update(replace(ARGS, update_epochs=4))
     assert torch.equal(one_epoch, stopped) and not torch.equal(stopped, four_epochs)
+
+
+def test_target_kl_is_a_limit_on_the_kl_itself(monkeypatch):
+    (actor_critic, rollout), calls = setting(), []
+    monkeypatch.setattr(ppo_rlhf, "backward_minibatch", lambda *x: calls.append(1) or
+                        {"approx_kl": 1.2, "ratio_first": 1.0})
+    update_policy(actor_critic, make_optimizer(actor_critic, ARGS), rollout, 0.05,
+                  replace(ARGS, target_kl=1.0), 0, None, [])
+    assert len(calls) == 2  # the minibatches of one epoch
 
 
 def test_a_good_response_becomes_likelier_and_a_bad_one_less_likely():
@@ -284,6 +336,25 @@ def test_the_learning_rate_warms_up_and_falls_linearly_to_zero():
     assert [lr_scale(i, 4, warmup=2, anneal=False) for i in (1, 2, 3)] == [0.5, 1, 1]
 
 
+def test_policy_and_critic_follow_the_schedule_of_ppo():
+    actor_critic, _ = setting()
+    args = replace(ARGS, total_episodes=32, critic_learning_rate=1e-1)
+    optimizer = make_optimizer(actor_critic, args)
+    assert set_learning_rates(optimizer, 3, args) == pytest.approx(5e-3)  # half is left
+    assert [x["lr"] for x in optimizer.param_groups] == pytest.approx([5e-3, 5e-2])
+
+
+def test_stages_1_and_2_anneal_clip_and_begin_each_gradient_anew(monkeypatch):
+    model, seen = torch.nn.Linear(1, 1, bias=False), []
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: seen.append(
+        (self.param_groups[0]["lr"], model.weight.grad.item())))
+    fit("test", model, [[1.0], [5.0], [1.0], [1.0]], lambda model, x: model.weight.sum() * x[0],
+        len, 0.4, replace(ARGS, max_grad_norm=2.0), SimpleNamespace(scalars=lambda *x: None))
+    rates, gradients = zip(*seen, strict=True)
+    assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert gradients == pytest.approx([1, 2, 1, 1], abs=1e-5)  # 5, clipped to 2
+
+
 # Critics -----------------------------------------------------------------------------------------
 
 
@@ -312,3 +383,46 @@ def test_a_separate_critic_leaves_the_policys_gradient_alone():
         backward_minibatch(actor_critic, rollout, 0.05, args)
         gradients.append(gradient(policy))
     assert torch.equal(*gradients)
+
+
+def test_a_separate_critic_trains_a_trunk_of_its_own_and_not_the_reward_model():
+    policy, reward_model = Policy(make_lm(), 0, [1]), make_reward_model(seed=5)
+    args, (_, rollout) = replace(ARGS, critic="separate"), setting()
+    actor_critic = make_actor_critic(args, policy, reward_model.requires_grad_(False), True,
+                                     ScoreNorm())
+    frozen, trunk = (copy.deepcopy(x.state_dict()) for x in (reward_model, actor_critic.trunk))
+    update_policy(actor_critic, make_optimizer(actor_critic, args), rollout, 0.05, args, 0, None,
+                  [])
+    assert all(torch.equal(x, frozen[name]) for name, x in reward_model.state_dict().items())
+    assert not any(torch.equal(x, trunk[name])
+                   for name, x in actor_critic.trunk.state_dict().items())
+
+
+# What surrounds the update ------------------------------------------------------------------------
+
+
+def test_advantages_take_gamma_and_lambda_in_their_places():
+    args = replace(ARGS, gamma=0.9, gae_lambda=0.2, norm_advantages=False)
+    _, rollout = setting()
+    rollout.old_values = torch.randn_like(rollout.rewards)
+    expected = gae(rollout.rewards, rollout.old_values, rollout.response_mask, 0.9, 0.2)
+    assert all(torch.equal(x, y) for x, y in
+               zip(compute_advantages(rollout, args), expected, strict=True))
+
+
+def test_sft_normalisation_gives_mean_0_and_std_1_and_only_shifts_equal_scores():
+    policy, args = Policy(make_lm(), 0, [1]), replace(ARGS, score_norm="sft")
+    data = Data([[4], [5]], [], [], [], [], [])
+    scores = 3 * torch.arange(16.0)
+    normalised = measure_score_norm(policy, lambda *x: scores, data, args)(scores)
+    assert torch.allclose(normalised, (scores - scores.mean()) / scores.std(correction=0))
+    norm = measure_score_norm(policy, lambda *x: torch.full((16,), 7.0), data, args)
+    assert norm(torch.tensor([8.0])).item() == pytest.approx(1.0)
+
+
+def test_perplexity_is_per_token_and_accuracy_counts_what_scores_higher(monkeypatch):
+    policy = Policy(make_lm(), 0, [1])
+    mean_loss = sft_loss_sum(policy, EXAMPLES) / count_response_tokens(EXAMPLES)
+    assert perplexity(policy, EXAMPLES, 2) == pytest.approx(mean_loss.exp().item(), rel=1e-4)
+    monkeypatch.setattr(ppo_rlhf, "score_margins", lambda _, x: torch.tensor(x))
+    assert accuracy(None, [1.0, -1.0, 2.0, 3.0], 3) == 0.75
