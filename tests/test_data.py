@@ -156,11 +156,16 @@ def test_an_empty_prompt_becomes_one_token():
 
 
 def test_chat_templates_bring_the_only_bos():
+    from tokenizers.processors import TemplateProcessing
+
     tokenizer = make_tokenizer(bos_token="[END]")
+    bos_first = TemplateProcessing(single="[END] $A", special_tokens=[("[END]", 2)])
+    tokenizer.backend_tokenizer.post_processor = bos_first  # as Llama's
     tokenizer.chat_template = "[END]{% for m in messages %}{{ m['content'] }}{% endfor %}"
     assert prompt_text([USER], tokenizer) == "[END]a"
     args = Args(max_prompt_len=8, response_len=8)
-    assert encode_examples([([USER], "b")], "pairs", tokenizer, args)[0][0].count(2) <= 1
+    for prompt in ([USER], "a"):  # strings get their BOS from the tokenizer
+        assert encode_examples([(prompt, "b")], "pairs", tokenizer, args)[0][0].count(2) == 1
 
 
 def test_bpe_of_any_text_decodes_to_that_text():

@@ -254,16 +254,20 @@ def test_a_given_reward_model_with_the_same_tokens_scores_ids(tiny_args, tmp_pat
     assert metrics[0]["rollout/score_std"] > 0
 
 
-def test_a_reward_model_with_other_tokens_is_fed_the_text():
-    other = make_tokenizer(pad_token="[UNK]")  # same words, but moved
-    vocab = json.loads(other.backend_tokenizer.to_str())
-    words = list(vocab["model"]["vocab"])
-    vocab["model"]["vocab"] = {w: i for i, w in enumerate(words[:4] + words[:3:-1])}
+def moved_tokenizer():
+    """The words of make_tokenizer, with other ids."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(vocab)),
-                                    pad_token="[PAD]", eos_token="[EOS]")
+    moved = json.loads(make_tokenizer().backend_tokenizer.to_str())
+    words = list(moved["model"]["vocab"])
+    moved["model"]["vocab"] = {w: i for i, w in enumerate(words[:4] + words[:3:-1])}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(moved)),
+                                   pad_token="[PAD]", eos_token="[EOS]")
+
+
+def test_a_reward_model_with_other_tokens_is_fed_the_text():
+    other = moved_tokenizer()
     rows = ppo_rlhf.retokenise([[4, 5, 6, 7, 1], [4, 5]], tokenizer=make_tokenizer(),
                                eos_ids=[1], reward_tokenizer=other)
     whole, cut = other(["the plot was dull", "the plot"])["input_ids"]
@@ -419,19 +423,14 @@ def test_a_tokenizer_that_writes_eos_by_itself_gets_no_second_one():
 
 
 def test_the_same_words_with_other_ids_are_other_tokens(tiny_args, tmp_path):
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    moved = json.loads(make_tokenizer().backend_tokenizer.to_str())
-    words = list(moved["model"]["vocab"])
-    moved["model"]["vocab"] = {w: i for i, w in enumerate(words[:4] + words[:3:-1])}
-    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(moved)),
-                                    pad_token="[PAD]", eos_token="[EOS]")
-    args = replace(tiny_args, reward_model=save(tmp_path / "reward", make_reward_model(), other))
+    model, other = make_reward_model(), moved_tokenizer()
+    path = save(tmp_path / "reward", model, other)
+    args = ppo_rlhf.resolve_args(replace(tiny_args, reward_model=path))
     data = Data([], [([4], [5, 1])] * 2, [], [], [], [])
-    args = ppo_rlhf.resolve_args(args)
-    policy = Policy(make_lm(), 0, [1])
-    assert ppo_rlhf.load_given_reward(args, policy, make_tokenizer(), data)[2] is False
+    score, _, same_tokens = ppo_rlhf.load_given_reward(
+        args, Policy(make_lm(), 0, [1]), make_tokenizer(), data)
+    expected = ppo_rlhf.model_scores(model, [[*other("the plot")["input_ids"], 1]])
+    assert not same_tokens and torch.allclose(score([[4]], [[5, 1]]), expected, atol=1e-5)
 
 
 def test_the_total_of_a_sample_is_its_score_minus_the_weighted_kl(tiny_args, reward_file):

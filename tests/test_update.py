@@ -121,6 +121,13 @@ def test_the_order_of_the_rows_changes_nothing():
     assert forward == pytest.approx(backward, abs=1e-5)
 
 
+def test_the_critic_is_trained_on_the_returns():
+    actor_critic, rollout = setting()
+    stats = backward_minibatch(actor_critic, rollout, 0.05, replace(ARGS, microbatch_size=8))
+    errors = (rollout.old_values - rollout.returns)[rollout.response_mask]
+    assert stats["value_loss"] == pytest.approx(0.5 * (errors**2).mean().item(), rel=1e-4)
+
+
 def test_the_padding_of_a_rollout_reaches_neither_loss_nor_statistics():
     results = []
     for junk in (0.0, 1e4, float("nan")):
@@ -379,6 +386,7 @@ def test_a_separate_critic_leaves_the_policys_gradient_alone():
         policy = Policy(make_lm(), 0, [1])
         args = replace(ARGS, critic="separate", vf_coef=vf_coef)
         actor_critic = make_actor_critic(args, policy, None, False, ScoreNorm())
+        torch.nn.init.ones_(actor_critic.value_head.weight)  # 0 would pass no gradient on
         _, rollout = setting()
         backward_minibatch(actor_critic, rollout, 0.05, args)
         gradients.append(gradient(policy))
