@@ -477,9 +477,11 @@ BUGS = [("ppo_rlhf.py", *bug) for bug in RLHF] + [("ppo_classic.py", *bug) for b
 
 
 def fingerprint():
-    """Changes with the files, the tests and the list of bugs."""
-    paths = [*ROOT.glob("ppo_*.py"), *(ROOT / "tests").glob("*.py"), Path(__file__)]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()[:12]
+    """Changes with the files, the tests that run and the list of bugs."""
+    names = ["conftest.py", *TESTS["ppo_rlhf.py"], *TESTS["ppo_classic.py"]]
+    paths = [ROOT / name for name in TESTS] + [ROOT / "tests" / name for name in names]
+    text = repr(BUGS).encode() + b"".join(path.read_bytes() for path in paths)
+    return hashlib.sha256(text).hexdigest()[:12]
 
 
 def first_failure(file_name, line, bugged_line):
