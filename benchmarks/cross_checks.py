@@ -6,7 +6,7 @@
 Where definitions agree, the largest difference is printed; where they do not, both values, and the
 reason. Both libraries keep their losses inside long methods: those lines are cut out of the
 installed packages and executed on our tensors, so that it is their code that we compare with. A few
-seconds; the table is written to results/cross_checks.json.
+seconds; the table is written to results/cross_checks.md and .json.
 """
 
 import inspect
@@ -236,9 +236,11 @@ def main():
                             "difference": difference, "agree": difference < TOLERANCE,
                             "reason": reason})
             assert (difference < TOLERANCE) == (not reason), records[-1]
-    print("| library | quantity | largest difference | who does what |\n|---|---|---|---|")
-    for x in records:
-        print(f"| {x['library']} | {x['quantity']} | {x['difference']:.1g} | {x['reason']} |")
+    lines = ["| library | quantity | largest difference | who does what |", "|---|---|---|---|"]
+    lines += [f"| {x['library']} | {x['quantity']} | {x['difference']:.1g} | {x['reason']} |"
+              for x in records]
+    print("\n".join(lines))
+    (HERE / "results" / "cross_checks.md").write_text("\n".join(lines) + "\n")
     versions = hardware("torch", "trl", "stable-baselines3")
     (HERE / "results" / "cross_checks.json").write_text(
         json.dumps({"hardware": versions, "rows": records}, indent=1))

@@ -407,7 +407,7 @@ def jobs() -> list[dict]:
               job("limits", "exact critic", flags="--vf-coef 0"),
               job("limits", "exact critic", flags="--vf-coef 0 --gae-lambda 0"),
               *[job("limits", "ours", flags=x) for x in LIMITS]]
-    return [*found, job("limits", "ours", 1, 819_200, flags=LONG)]
+    return found
 
 
 def key(run: dict) -> tuple:
@@ -446,10 +446,13 @@ def table(runs: list[dict]) -> None:
     columns = ["group", "who", "instance", "episodes", "beta", "flags", "seed", "share", "kl",
                "kl_optimum", "total_variation", "eos", "eos_optimum", "pad", "J_reported", "J",
                "J_optimum", "share_of_fixed_point", "distance_to_fixed_point", "seconds"]
-    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    lines = [f"| {' | '.join(columns)} |", f"{'|---' * len(columns)}|"]
     for x in sorted(runs, key=lambda x: (x["group"], x["instance"], x["beta"], x["flags"])):
         cells = [x.get(column, "") for column in columns]
-        print("| " + " | ".join(f"{y:.4f}" if type(y) is float else str(y) for y in cells) + " |")
+        cells = [f"{y:.4f}" if type(y) is float else str(y) for y in cells]
+        lines.append(f"| {' | '.join(cells)} |")
+    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
     for instance in INSTANCES:
         shares = {who: [x["share"] for x in runs if x["group"] == "peers" and x["who"] == who
                         and x["instance"] == instance] for who in ("ours", "trl")}

@@ -2,7 +2,7 @@
 
     pip install -r requirements.txt
     python benchmarks/planted_bugs.py             # runs what is missing, two at a time
-    python benchmarks/planted_bugs.py --table     # the table, from the committed results
+    python benchmarks/planted_bugs.py --table     # the table, from the committed results (.json)
 
 Each bug happened to somebody (the table says where; numbers are issues and pull requests on GitHub)
 or is a near relative of one that did. For each, the behavioural tests run until the first failure,
@@ -514,14 +514,16 @@ def plant(bug):
 
 
 def table(bugs):
-    """A line per bug, then how many different tests did the catching."""
+    """A line per bug, then how many different tests did the catching; printed and written."""
     order = {(bug[0], bug[2]): i for i, bug in enumerate(BUGS)}
-    print("| file | planted bug | seen in | caught first by |\n|---|---|---|---|")
+    lines = ["| file | planted bug | seen in | caught first by |", "|---|---|---|---|"]
     for x in sorted(bugs, key=lambda x: order[x["file"], x["bug"]]):
-        print(f"| {x['file']} | {x['bug']} | {x['seen']} | `{x['caught_by']}` |")
+        lines.append(f"| {x['file']} | {x['bug']} | {x['seen']} | `{x['caught_by']}` |")
     caught = {x["caught_by"] for x in bugs} - {None}
-    print(f"\n{len(bugs)} bugs, {sum(x['caught_by'] is None for x in bugs)} not caught, "
-          f"{len(caught)} different tests caught one first")
+    lines.append(f"\n{len(bugs)} bugs, {sum(x['caught_by'] is None for x in bugs)} not caught, "
+                 f"{len(caught)} different tests caught one first")
+    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
 def main():

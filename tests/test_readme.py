@@ -86,6 +86,34 @@ def test_the_table_of_speeds_is_what_the_raw_results_say():
         assert f"{ratio:.1f} times" in line
 
 
+def test_the_table_of_optima_is_what_the_raw_results_say():
+    results = json.loads((ROOT / "benchmarks/results/optimum.json").read_text())
+    assert {"cpu", "torch", "trl"} <= set(results["hardware"])
+    for instance in range(1, 6):
+        def shares(group, who, instance=instance):
+            return [x["share"] for x in results["runs"]
+                    if (x["group"], x["who"], x["instance"]) == (group, who, instance)]
+
+        cells = [f"{statistics.mean(x):.3f} ± {statistics.stdev(x):.3f}" for x in
+                 (shares("peers", "trl"), shares("peers", "ours"))]
+        cells += [f"{x:.3f}" for x in shares("tuned", "ours") + shares("long", "ours")]
+        assert f"| {instance} | {' | '.join(cells)} |" in README, (instance, cells)
+
+
+def test_every_planted_bug_is_caught_and_the_counts_are_right():
+    bugs = json.loads((ROOT / "benchmarks/results/planted_bugs.json").read_text())["bugs"]
+    catchers = {x["caught_by"] for x in bugs}
+    assert None not in catchers and len(bugs) >= 40 and len(catchers) >= 25
+    assert f"{len(bugs)} one-line bugs" in README and f"{len(catchers)} different tests" in README
+
+
+def test_the_count_of_cross_checks_is_right():
+    rows = json.loads((ROOT / "benchmarks/results/cross_checks.json").read_text())["rows"]
+    agree = [x["difference"] < 1e-6 for x in rows]
+    assert f"{sum(agree)} of {len(rows)} quantities" in README
+    assert all(x["reason"] for x in rows if not x["agree"])
+
+
 def test_control_tasks_reach_what_cleanrl_published_within_its_spread():
     """CleanRL's mean minus its standard deviation, on the mean over three seeds."""
     results = json.loads((ROOT / "benchmarks/results/classic.json").read_text())
