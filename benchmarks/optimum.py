@@ -402,6 +402,7 @@ def jobs() -> list[dict]:
     for estimator in ("k2", "k3"):
         flags = f"--kl-in loss --kl-estimator {estimator} --no-norm-advantages"
         found += [job("loss", "ours", instance, flags=flags) for instance in (1, 5)]
+        found.append(job("loss", "ours", 1, 204_800, flags=f"{LONG} {flags}"))
     found += [job("pad", who, pad_logit=0.0) for who in ("ours", "trl")]
     found += [job("limits", "exact gradient"),
               job("limits", "exact critic", flags="--vf-coef 0"),
