@@ -403,6 +403,9 @@ def jobs() -> list[dict]:
         flags = f"--kl-in loss --kl-estimator {estimator} --no-norm-advantages"
         found += [job("loss", "ours", instance, flags=flags) for instance in (1, 5)]
         found.append(job("loss", "ours", 1, 204_800, flags=f"{LONG} {flags}"))
+        fresh = "--update-epochs 1 --learning-rate 3e-3 --critic-learning-rate 3e-3"
+        flags = f"{fresh} {flags}"  # each sample serves one step
+        found += [job("loss", "ours", instance, 204_800, flags=flags) for instance in (1, 5)]
     found += [job("pad", who, pad_logit=0.0) for who in ("ours", "trl")]
     found += [job("limits", "exact gradient"),
               job("limits", "exact critic", flags="--vf-coef 0"),
