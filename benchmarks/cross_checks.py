@@ -3,10 +3,10 @@
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/cross_checks.py
 
-Where definitions agree, the largest difference is printed; where they do not, both values, and the
-reason. Both libraries keep their losses inside long methods: those lines are cut out of the
-installed packages and executed on our tensors, so that it is their code that we compare with. A few
-seconds; the table is written to results/cross_checks.md and .json.
+The largest difference is printed and, where definitions do not agree, who does what. Both libraries
+keep their losses inside long methods: those lines are cut out of the installed packages and
+executed on our tensors, so that it is their code that we compare with. A few seconds; the table is
+written to results/cross_checks.md and .json.
 """
 
 import inspect

@@ -242,6 +242,15 @@ def report(lm_folder: Path, instance: Path, beta: float, estimator: str | None) 
 # ==================================================================================================
 
 
+def run_script(path: Path, *arguments: str) -> str:
+    """A Python script in a process of its own, on one thread. Returns: what it printed."""
+    process = subprocess.run([sys.executable, str(path), *arguments], capture_output=True,
+                             text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if process.returncode != 0:
+        raise RuntimeError(process.stderr[-3000:])
+    return process.stdout
+
+
 def our_flags(instance: Path, folder: Path, run: dict) -> list[str]:
     """The command line of ppo_rlhf.py for one run."""
     return [
@@ -264,10 +273,7 @@ def our_result(folder: Path, run: dict) -> tuple[Path, float]:
 
 def run_ours(instance: Path, folder: Path, run: dict) -> tuple[Path, float]:
     """ppo_rlhf.py through its command line. Returns: as our_result."""
-    command = [sys.executable, str(HERE.parent / "ppo_rlhf.py"), *our_flags(instance, folder, run)]
-    process = subprocess.run(command, capture_output=True, text=True)
-    if process.returncode != 0:
-        raise RuntimeError(process.stderr[-3000:])
+    run_script(HERE.parent / "ppo_rlhf.py", *our_flags(instance, folder, run))
     return our_result(folder, run)
 
 
@@ -340,8 +346,8 @@ def run_trl(instance: Path, folder: Path, run: dict) -> tuple[Path, float]:
     config = PPOConfig(
         output_dir=str(folder / "trl"), total_episodes=run["episodes"],
         per_device_train_batch_size=256, num_mini_batches=4, num_ppo_epochs=4, learning_rate=1e-3,
-        lr_scheduler_type="linear",
-        response_length=MAX_LEN, stop_token="eos", temperature=1.0, missing_eos_penalty=None,
+        lr_scheduler_type="linear", response_length=MAX_LEN, stop_token="eos", temperature=1.0,
+        missing_eos_penalty=None,
         kl_coef=run["beta"], whiten_rewards=False, gamma=1.0, lam=0.95, num_sample_generations=0,
         local_rollout_forward_batch_size=256, seed=run["seed"], report_to="none",
         save_strategy="no", logging_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True,
@@ -409,9 +415,8 @@ def jobs() -> list[dict]:
     found += [job("pad", who, pad_logit=0.0) for who in ("ours", "trl")]
     found += [job("limits", "exact gradient"),
               job("limits", "exact critic", flags="--vf-coef 0"),
-              job("limits", "exact critic", flags="--vf-coef 0 --gae-lambda 0"),
-              *[job("limits", "ours", flags=x) for x in LIMITS]]
-    return found
+              job("limits", "exact critic", flags="--vf-coef 0 --gae-lambda 0")]
+    return found + [job("limits", "ours", flags=x) for x in LIMITS]
 
 
 def key(run: dict) -> tuple:
@@ -438,11 +443,7 @@ def main():
 
 def run_apart(x: dict) -> dict:
     """one_run in a process of its own: two runs at a time share no state."""
-    output = subprocess.run([sys.executable, __file__, "--run", json.dumps(x)], text=True,
-                            capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if output.returncode != 0:
-        raise RuntimeError(output.stderr[-3000:])
-    return json.loads(output.stdout.splitlines()[-1])
+    return json.loads(run_script(Path(__file__), "--run", json.dumps(x)).splitlines()[-1])
 
 
 def table(runs: list[dict]) -> None:
