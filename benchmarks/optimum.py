@@ -259,8 +259,9 @@ def our_flags(instance: Path, folder: Path, run: dict) -> list[str]:
         str(MAX_LEN), "--max-prompt-len", "4", "--total-episodes", str(run["episodes"]),
         "--batch-size", "256", "--minibatch-size", "64", "--learning-rate", "1e-3", "--kl-coef",
         str(run["beta"]), "--missing-eos-penalty", "0", "--critic", "separate", "--seed",
-        str(run["seed"]), "--log-samples-interval", "1000000", "--save-interval", "1000000",
-        "--output-dir", str(folder), "--run-name", "run", "--device", "cpu", *run["flags"].split()]
+        str(run["seed"]), "--save-interval", "1000000",
+        "--output-dir", str(folder), "--run-name", "run", "--device", "cpu", "--score-norm", "none",
+        "--eval-prompts", "0", *run["flags"].split()]
 
 
 def our_result(folder: Path, run: dict) -> tuple[Path, float]:

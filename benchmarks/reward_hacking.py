@@ -26,7 +26,7 @@ RESULTS = HERE / "results" / "reward_hacking.json"
 PICTURE = HERE / "results" / "reward_hacking.png"
 KL_COEFS, SEEDS = [0.0, 0.05, 0.2], [1, 2, 3]
 CURVES = {
-    "rollout/score_mean": "proxy: reward-model score, minus the SFT policy's",
+    "rollout/score_mean": "proxy: reward-model score (SFT policy: mean 0, std 1)",
     "rollout/gold_mean": "gold reward (never trained on)",
     "rollout/kl": "KL to the reference (nats per response)",
     "rollout/grammatical": "grammatical (share of responses)",
@@ -46,8 +46,8 @@ def one_run(kl_coef, seed):
         metrics = [json.loads(line) for line in lines]
     return {
         "kl_coef": kl_coef, "seed": seed, "seconds": round(time.time() - start),
-        "reward_model_accuracy": float(re.search(r"accuracy ([\d.]+)", process.stdout)[1]),
-        "table": process.stdout[process.stdout.index("evaluation prompts") - 4 :],
+        "reward_model_accuracy": float(re.search(r"reward_model/accuracy ([\d.]+)", process.stdout)[1]),
+        "table": process.stdout[process.stdout.index("held-out prompts") - 4 :],
         "worst_ratio_first": max((m["ppo/ratio_first"] for m in metrics), key=lambda x: abs(x - 1)),
         "episodes": [m["episodes"] for m in metrics],
         "curves": {key: [round(m[key], 4) for m in metrics] for key in CURVES},
@@ -70,8 +70,7 @@ def summary(runs):
 
 
 def plot(runs):
-    """Mean and range over seeds. The proxy is shifted by its value for the SFT policy: a reward
-    model's zero means nothing, and each seed trains its own."""
+    """Mean and range over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -82,8 +81,6 @@ def plot(runs):
     for axis, (key, title) in zip(axes, CURVES.items(), strict=True):
         for kl_coef, colour in colours.items():
             curves = [r["curves"][key] for r in runs if r["kl_coef"] == kl_coef]
-            if key == "rollout/score_mean":
-                curves = [[x - curve[0] for x in curve] for curve in curves]
             points = list(zip(*curves, strict=True))
             episodes = next(r["episodes"] for r in runs if r["kl_coef"] == kl_coef)
             axis.plot(episodes, [sum(p) / len(p) for p in points], color=colour,

@@ -67,6 +67,15 @@ def make_reward_model(family="Llama", seed=0, **changes):
     return AutoModelForSequenceClassification.from_config(config).eval()
 
 
+def make_policy(lm=None, tokenizer=None, **settings):
+    """A Policy without critic: a small Llama unless lm says otherwise."""
+    from ppo_rlhf import Args, Policy
+
+    usual = {"max_prompt_len": 8, "response_len": 8, "batch_size": 8, "minibatch_size": 4,
+             "microbatch_size": 4, "adam_eps": 1e-5, "device": "cpu"}
+    return Policy(lm or make_lm(), tokenizer or make_tokenizer(), Args(**(usual | settings)))
+
+
 def save(folder, model, tokenizer):
     """Write model and tokenizer the way users have them on disk. Returns: the folder's name."""
     model.save_pretrained(folder)
@@ -108,7 +117,7 @@ def tiny_args(tmp_path, policy_folder, pairs_file):
         dataset=pairs_file, policy_model=policy_folder, output_dir=str(tmp_path), run_name="run",
         total_episodes=16, batch_size=8, minibatch_size=4, update_epochs=2, response_len=6,
         max_prompt_len=4, eval_prompts=4, learning_rate=1e-2, sft_learning_rate=1e-3,
-        reward_learning_rate=1e-3, log_samples_interval=1, device="cpu",
+        reward_learning_rate=1e-3, save_interval=1, device="cpu",
     )
 
 

@@ -90,7 +90,8 @@ def test_ppo_gains_nine_tenths_of_what_can_be_gained(instance, tmp_path):
         reward_model=str(instance / "reward_model"), sft_epochs=0, kl_coef=BETA, response_len=3,
         max_prompt_len=4, missing_eos_penalty=0.0, critic="separate", batch_size=256,
         minibatch_size=64, total_episodes=10_240, output_dir=str(tmp_path), run_name="run",
-        learning_rate=3e-3, critic_learning_rate=1e-3, log_samples_interval=100, device="cpu")
+        learning_rate=3e-3, critic_learning_rate=1e-3, save_interval=100, device="cpu",
+        eval_prompts=0, score_norm="none")
     with contextlib.redirect_stdout(None):
         ppo_rlhf.main(args)
     found = bandit.report(tmp_path / "run" / "policy", instance, BETA, None)

@@ -1,257 +1,675 @@
 """Claim: a run is reproducible, trains what it should, freezes the rest, and leaves what it says.
 
-Reference: a second run; hashes of weights; transformers' Auto classes on the saved folders.
-Run: python -m pytest tests/test_pipeline.py (90 seconds)
+Reference: other runs; hand-worked logs; a reward function that writes down what it is given;
+transformers' Auto classes on the saved folders.
+Run: python -m pytest tests/test_pipeline.py (60 seconds)
 """
 
+import contextlib
+import functools
+import io
+import itertools
 import json
-from dataclasses import fields, replace
+import math
+import re
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_lm, make_reward_model, make_tokenizer, read_metrics, run, save
+from conftest import WORDS, make_lm, make_reward_model, make_tokenizer, read_metrics, save
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
-import ppo_rlhf
-from ppo_rlhf import Args, Data, Policy, compare_own_samples, main
+from ppo_rlhf import (
+    Args,
+    gold_reward,
+    load_data,
+    load_policy,
+    main,
+    prompt_batch,
+    resolve_args,
+    train_reward_model,
+)
 
-METRIC_KEYS = """rollout/score_mean rollout/score_std rollout/kl rollout/rewards_mean
-rollout/response_len rollout/eos_share rollout/entropy rollout/distinct_2 ppo/policy_loss
-ppo/value_loss ppo/entropy ppo/approx_kl ppo/clipfrac ppo/vf_clipfrac ppo/ratio_first
-ppo/explained_variance ppo/grad_norm ppo/kl_coef ppo/learning_rate perf/episodes_per_s
-perf/rollout_s perf/score_s perf/update_s perf/peak_memory_gb"""
+METRIC_KEYS = """rollout/score_mean rollout/score_std rollout/score_len_corr rollout/kl
+rollout/rewards_mean rollout/response_len rollout/eos_share rollout/entropy rollout/distinct_2
+ppo/policy_loss ppo/value_loss ppo/entropy ppo/approx_kl ppo/clipfrac ppo/vf_clipfrac
+ppo/ratio_first ppo/ratio_max ppo/explained_variance ppo/grad_norm ppo/kl_coef ppo/learning_rate
+perf/episodes_per_s perf/rollout_s perf/score_s perf/update_s perf/peak_memory_gb"""
 KEYS = set(METRIC_KEYS.split())
+EVAL_KEYS = {x.replace("rollout/", "eval/") for x in KEYS if x.startswith("rollout/")}
+EVAL_KEYS = EVAL_KEYS - {"eval/rewards_mean"} | {"eval/perplexity"}
 
-REVIEWS = Args(total_episodes=64, batch_size=32, device="cpu", learning_rate=1e-2)
+REWARDS = '''
+import json
+from pathlib import Path
+
+from my_words import WORD  # a neighbour of this file
 
 
-@pytest.fixture
-def small_reviews(monkeypatch):
-    """The embedded task with little data, so that a run takes seconds."""
-    draw, label = ppo_rlhf.draw_reviews, ppo_rlhf.compare_own_samples
-    monkeypatch.setattr(ppo_rlhf, "draw_reviews", lambda n, rng: draw(900, rng))
-    monkeypatch.setattr(ppo_rlhf, "compare_own_samples",
-                        lambda policy, prompts, *x: label(policy, prompts[:64], *x))
+def letters(prompts, responses):
+    return [len(x) / 10 for x in responses]
 
+def letters_plus_10(prompts, responses):
+    return [10 + x for x in letters(prompts, responses)]
+
+def letters_minus_10(prompts, responses):
+    return [x - 10 for x in letters(prompts, responses)]
 
 def count_good(prompts, responses):
-    """A verifiable reward: how often the word appears."""
-    return [float(response.split().count("good")) for response in responses]
+    return [float(x.split().count(WORD)) for x in responses]
+
+def dense_good(prompts, responses, tokens):
+    return [[float(token == WORD) for token in row] for row in tokens]
+
+def recorded(prompts, responses, answer, tokens):
+    with open(Path(__file__).with_name("calls.jsonl"), "a") as file:
+        file.write(json.dumps([prompts, responses, answer, tokens]) + "\\n")
+    return letters(prompts, responses)
+
+def raises(prompts, responses):
+    return [1 / 0 for _ in responses]
+
+def wrong_count(prompts, responses):
+    return [1.0]
+
+def wrong_type(prompts, responses):
+    return ["high" for _ in responses]
+
+def not_a_number(prompts, responses):
+    return [float("nan") for _ in responses]
+
+def asks_for_more(prompts, responses, colour):
+    return colour
+
+def too_large(prompts, responses):
+    return [3e38 * (i % 2) for i in range(len(responses))]
+'''
 
 
-@pytest.fixture
-def reward_file(tmp_path):
-    """A user's file of reward functions."""
-    path = tmp_path / "my_rewards.py"
-    path.write_text(
-        "def count_good(prompts, responses):\n"
-        "    return [float(r.split().count('good')) for r in responses]\n"
-        "def dense_good(prompts, responses, tokens):\n"
-        "    return [[float(t == 'good') for t in row] for row in tokens]\n"
-        "def raises(prompts, responses):\n    return [1 / 0 for _ in responses]\n"
-        "def wrong_count(prompts, responses):\n    return [1.0]\n"
-        "def not_a_number(prompts, responses):\n    return [float('nan') for _ in responses]\n"
-    )
-    return path
+def write_rows(path, rows):
+    """A jsonl file. Returns: its name."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
-# A run and what it leaves ------------------------------------------------------------------------
+def read_rows(path):
+    """The rows of a jsonl file; none if there is no such file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_one_run_leaves_models_metrics_samples_and_curves(tiny_args):
-    metrics = run(tiny_args)
-    folder = Path(tiny_args.output_dir) / "run"
-    assert {x.name for x in folder.iterdir()} >= {"policy", "reward_model", "metrics.jsonl",
-                                                  "samples.jsonl"}
-    assert list(folder.glob("events.out.tfevents*"))
-    logged = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
-    assert KEYS | {"iteration", "episodes", "wall_time"} == set(logged)
-    assert [m["episodes"] for m in metrics] == [8, 16]
-    assert len((folder / "samples.jsonl").read_text().splitlines()) == 4
+@pytest.fixture(scope="session")
+def places(folder, pairs_file):
+    """Data, models and reward functions on disk, by name."""
+    lm = make_lm("GPT2", n_layer=1)  # with dropout, and a generation config that PPO must ignore
+    lm.generation_config.update(do_sample=True, top_p=0.3, repetition_penalty=2.0)
+    pairs = [row | {"answer": i} for i, row in enumerate(read_rows(Path(pairs_file)))]
+    (folder / "my_words.py").write_text("WORD = 'good'\n")
+    (folder / "my_rewards.py").write_text(REWARDS)
+    return {
+        "pairs": write_rows(folder / "with_answers.jsonl", pairs),
+        "fewer_pairs": write_rows(folder / "fewer.jsonl", pairs[::-2]),
+        "prompts": write_rows(folder / "prompts.jsonl", [{"prompt": x} for x in WORDS]),
+        "texts": write_rows(folder / "texts.jsonl", [{"text": "a b c d"}] * 20),
+        "other_columns": write_rows(folder / "columns.jsonl", [{"question": "a", "reply": "b"}]),
+        "unusable": write_rows(folder / "unusable.jsonl", [{"prompt": None, "chosen": None}]),
+        "empty": write_rows(folder / "empty.jsonl", []),
+        "policy": save(folder / "one_layer", lm, make_tokenizer()),
+        "other_policy": save(folder / "two_layers", make_lm("GPT2"), make_tokenizer()),
+        "reward_model": save(folder / "reward", make_reward_model(), make_tokenizer()),
+        "two_outputs": save(folder / "two", make_reward_model(num_labels=2), make_tokenizer()),
+        "no_eos": save(folder / "no_eos", make_lm(), make_tokenizer(eos_token=None)),
+        "more_tokens": save(folder / "more", make_lm(vocab_size=12), make_tokenizer()),
+        "rewards": str(folder / "my_rewards.py"),
+        "runs": str(folder / "runs"),
+    }
 
 
-def test_tensorboard_gets_the_same_keys_and_the_curves_of_stages_1_and_2(tiny_args):
+@pytest.fixture(scope="session")
+def args(places):
+    """Settings of a run of all three stages that takes a second."""
+    return Args(
+        dataset=places["pairs"], policy_model=places["policy"], output_dir=places["runs"],
+        total_episodes=16, batch_size=8, minibatch_size=4, update_epochs=2, response_len=6,
+        max_prompt_len=4, eval_prompts=4, learning_rate=1e-2, sft_learning_rate=1e-3,
+        reward_learning_rate=1e-3, save_interval=1, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def ppo_args(args, places):
+    """Settings of stage 3 alone: the policy is given, and so is a reward function."""
+    return replace(args, sft_epochs=0, reward_fn=f"{places['rewards']}:letters", eval_prompts=0)
+
+
+numbers = itertools.count()
+
+
+def start(args, **changes):
+    """One run in a folder of its own. Returns: what it has left and what it has printed."""
+    args = replace(args, run_name=f"run{next(numbers)}", **changes)
+    with contextlib.redirect_stdout(io.StringIO()) as console:
+        main(args)
+    folder = Path(args.output_dir, args.run_name)
+    return SimpleNamespace(
+        folder=folder, console=console.getvalue(), metrics=read_metrics(args),
+        samples=read_rows(folder / "samples.jsonl"),
+        answers=read_rows(folder / "before_after.jsonl"),
+        args=json.loads((folder / "args.json").read_text()))
+
+
+@pytest.fixture(scope="session")
+def runs(args):
+    """runs(**changes): a run of all three stages, made once for each set of changes."""
+    return functools.cache(functools.partial(start, args))
+
+
+@pytest.fixture(scope="session")
+def ppo_runs(ppo_args):
+    """ppo_runs(**changes): a run of stage 3 alone, made once for each set of changes."""
+    return functools.cache(functools.partial(start, ppo_args))
+
+
+@pytest.fixture(scope="session")
+def full(runs):
+    """One run of all three stages with 4 iterations and 2 evaluations between them."""
+    return runs(total_episodes=32, eval_interval=2)
+
+
+def column(run, key):
+    """One metric of a run, over its iterations."""
+    return [row[key] for row in run.metrics]
+
+
+def weights(folder):
+    """The weights of a saved model in one vector."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return torch.cat([x.detach().flatten() for x in model.parameters()])
+
+
+# What a run leaves --------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_three_models_settings_metrics_samples_answers_and_curves(full):
+    names = {x.name.split(".tfevents")[0] for x in full.folder.iterdir()}
+    assert names == {"sft", "reward_model", "policy", "args.json", "metrics.jsonl",
+                     "samples.jsonl", "before_after.jsonl", "events.out"}
+    assert column(full, "iteration") == [1, 2, 3, 4]
+    assert column(full, "episodes") == [8, 16, 24, 32]
+    assert len(full.samples) == 4 * 2 and len(full.answers) == 4
+
+
+def test_metrics_have_the_keys_of_the_contract_and_a_time(full):
+    rows = read_rows(full.folder / "metrics.jsonl")
+    assert set(rows[0]) == KEYS | {"iteration", "episodes", "wall_time"}
+    times = [row["wall_time"] for row in rows]
+    assert times == sorted(times) and all(row["perf/peak_memory_gb"] > 0 for row in rows)
+
+
+def test_ptx_adds_one_key_to_the_metrics(ppo_runs):
+    keys = {*ppo_runs(ptx_coef=1.0).metrics[0]}
+    assert keys == {*ppo_runs().metrics[0], "ppo/ptx_loss"}
+
+
+def test_eval_interval_writes_evaluations_into_the_rows_of_their_iterations(full):
+    found = [{key for key in row if key.startswith("eval/")} for row in full.metrics]
+    assert found == [set(), EVAL_KEYS, set(), EVAL_KEYS]
+
+
+def test_tensorboard_gets_the_same_keys_and_the_curves_of_stages_1_and_2(full):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run(tiny_args)
-    events = EventAccumulator(f"{tiny_args.output_dir}/run").Reload()
+    events = EventAccumulator(str(full.folder)).Reload()
+    stages = {"sft/loss", "sft/grad_norm", "sft/perplexity", "reward_model/loss",
+              "reward_model/grad_norm", "reward_model/accuracy"}
     tags = set(events.Tags()["scalars"])
-    assert tags == KEYS | {"sft/loss", "sft/perplexity", "reward_model/loss",
-                                "reward_model/accuracy"}
-    assert [x.step for x in events.Scalars("rollout/kl")] == [8, 16]
+    assert {x for x in tags if not x.startswith(("sft/", "reward_model/"))} == KEYS | EVAL_KEYS
+    assert tags > stages
+    assert [x.step for x in events.Scalars("rollout/kl")] == [8, 16, 24, 32]
+    assert [x.step for x in events.Scalars("eval/kl")] == [16, 32]
+    assert [x.value for x in events.Scalars("rollout/kl")] == pytest.approx(
+        column(full, "rollout/kl"), abs=1e-5)
 
 
-def test_two_runs_with_one_seed_are_identical_and_another_seed_differs(tiny_args):
-    first = run(tiny_args, run_name="first")
-    assert run(tiny_args, run_name="second") == first
-    assert run(tiny_args, run_name="third", seed=2) != first
+def test_two_runs_with_one_seed_are_identical_and_another_seed_differs(full, args):
+    again = start(args, total_episodes=32, eval_interval=2)
+    assert (again.metrics, again.samples, again.answers) == (
+        full.metrics, full.samples, full.answers)
+    assert start(args, total_episodes=32, eval_interval=2, seed=2).metrics != full.metrics
 
 
-def test_ratio_first_is_one_in_every_iteration_at_any_temperature(tiny_args):
-    for metrics in run(tiny_args, temperature=0.7, total_episodes=32):
-        assert abs(metrics["ppo/ratio_first"] - 1) < 1e-5
+def test_args_json_holds_all_settings_as_resolved(full, args):
+    given = {name: value for name, value in asdict(args).items() if value is not None}
+    given |= {"total_episodes": 32, "eval_interval": 2, "run_name": full.folder.name}
+    derived = {"critic_learning_rate": 0.1, "adam_eps": 1e-8, "microbatch_size": 4,
+               "score_norm": "sft"}
+    assert full.args == dict.fromkeys(asdict(args)) | given | derived
 
 
-def test_the_saved_policy_gives_the_runs_logprobs(tiny_args, monkeypatch):
-    from transformers import AutoModelForCausalLM
-
-    kept, original = {}, ppo_rlhf.evaluate
-    monkeypatch.setattr(ppo_rlhf, "evaluate", lambda *x: kept.setdefault(len(kept), original(*x)))
-    run(tiny_args)
-    rollout = kept[1][1]  # after PPO
-    lm = AutoModelForCausalLM.from_pretrained(f"{tiny_args.output_dir}/run/policy")
-    for i, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
-        logits = lm(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-        logits[:, 0] = -1e30  # PAD has probability zero
-        expected = logits.log_softmax(-1)[range(len(response)), response]
-        assert torch.allclose(rollout.old_logprobs[i, : len(response)], expected, atol=1e-5)
+def test_the_console_names_the_settings_that_were_derived(full):
+    shown = json.loads(re.search(r"settings +(\{.*\})", full.console)[1])
+    assert shown.items() <= full.args.items()
+    assert shown.keys() >= {"critic_learning_rate", "adam_eps", "microbatch_size", "score_norm"}
 
 
-@pytest.mark.parametrize("pad_token", ["[PAD]", "[EOS]"])
-def test_the_saved_reward_model_gives_the_raw_scores(tiny_args, tmp_path, monkeypatch, pad_token):
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    kept, original = {}, ppo_rlhf.evaluate
-    monkeypatch.setattr(ppo_rlhf, "evaluate", lambda *x: kept.setdefault(len(kept), original(*x)))
-    policy = save(tmp_path / "given", make_lm("GPT2"), make_tokenizer(pad_token=pad_token))
-    run(tiny_args, policy_model=policy)
-    rollout, folder = kept[0][1], f"{tiny_args.output_dir}/run/reward_model"
-    reward_model = AutoModelForSequenceClassification.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = [x + y for x, y in zip(rollout.prompts, rollout.responses, strict=True)]
-    batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt", padding_side="right")
-    scores = reward_model(**batch).logits[:, 0]
-    assert torch.allclose(rollout.scores, scores, atol=1e-5)
+def test_stages_whose_models_are_given_leave_no_folders(ppo_runs):
+    names = {x.name for x in ppo_runs().folder.iterdir()}
+    assert "policy" in names and not names & {"sft", "reward_model"}
 
 
-def test_generate_of_the_saved_policy_samples_without_top_p_and_penalties(tiny_args):
-    from transformers import GenerationConfig
-
-    run(tiny_args)
-    config = GenerationConfig.from_pretrained(f"{tiny_args.output_dir}/run/policy")
+def test_generate_of_the_saved_policy_samples_without_top_p_and_penalties(full):
+    config = GenerationConfig.from_pretrained(full.folder / "policy")
     assert config.do_sample and config.top_p == 1.0 and config.top_k == 0
     assert config.repetition_penalty in (None, 1.0) and config.suppress_tokens == [0]
 
 
-# What is trained, what is frozen -----------------------------------------------------------------
+def test_without_held_out_prompts_there_is_no_table(ppo_runs):
+    run = ppo_runs(eval_interval=1)
+    assert "held-out prompts" not in run.console and not run.answers
+    assert not (run.folder / "before_after.jsonl").exists()
+    assert run.metrics == ppo_runs().metrics  # an evaluation of no prompts adds no key
+
+
+def test_samples_are_written_and_shown_at_the_save_interval(ppo_runs):
+    run = ppo_runs(total_episodes=24, save_interval=2)
+    assert [x["iteration"] for x in run.samples] == [2, 2]
+    for x in run.samples:
+        assert f"{x['prompt']!r} -> {x['response']!r}" in run.console
+
+
+def test_the_total_of_a_sample_is_its_score_minus_the_weighted_kl(ppo_runs):
+    run = ppo_runs(missing_eos_penalty=0.0, kl_coef=0.5, total_episodes=32)
+    for x in run.samples:
+        assert x["total"] == pytest.approx(x["score"] - 0.5 * x["kl"], abs=1e-4)
+    assert max(abs(x["kl"]) for x in run.samples) > 0.01
+
+
+def test_a_script_prints_only_what_is_ours(args, tmp_path):
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(args).items()
+             if value not in (None, True, False)]
+    script = Path(sys.modules["ppo_rlhf"].__file__)
+    ended = subprocess.run([sys.executable, str(script), *flags, "--run-name=script"],
+                           cwd=tmp_path, text=True, capture_output=True)
+    assert ended.returncode == 0, ended.stderr
+    bars = re.split(r"[\r\n]+", ended.stderr.strip())
+    assert all(line.startswith(("sft:", "reward_model:")) for line in bars), ended.stderr
+    assert not re.search(r"it/s|Warning|shards|Loading|Generating", ended.stdout)
+
+
+def test_a_run_works_where_the_module_resource_does_not_exist(ppo_runs, ppo_args, monkeypatch):
+    usual = ppo_runs()
+    monkeypatch.setitem(sys.modules, "resource", None)  # importing it now fails, as on Windows
+    run = start(ppo_args)
+    assert run.metrics == usual.metrics
+    rows = [read_rows(x.folder / "metrics.jsonl")[0] for x in (usual, run)]
+    assert rows[0]["perf/peak_memory_gb"] > 0.05 and rows[1]["perf/peak_memory_gb"] == 0
+
+
+# The three stages: what is trained, what is frozen ------------------------------------------------
+
+
+def logprob(folder, prompt, answer, temperature=1.0):
+    """log π(answer | prompt) of a saved model, token by token; PAD has probability 0."""
+    lm, tokenizer = AutoModelForCausalLM.from_pretrained(folder), make_tokenizer()
+    ids = tokenizer(prompt)["input_ids"][-4:]  # --max-prompt-len
+    response = tokenizer.convert_tokens_to_ids(answer["response"].split())
+    response = torch.tensor([*response, 1] if answer["ended"] else response)
+    logits = lm(torch.tensor([[*ids, *response]])).logits[0, len(ids) - 1 : -1] / temperature
+    logits[:, 0] = -1e30
+    return logits.log_softmax(-1)[range(len(response)), response].sum().item()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_kl_of_an_answer_is_that_of_the_saved_policy_to_the_saved_sft_model(runs, temperature):
+    run = runs(total_episodes=32, eval_interval=2, temperature=temperature)
+    for row in run.answers:
+        policy, sft = (logprob(run.folder / name, row["prompt"], row["ppo"], temperature)
+                       for name in ("policy", "sft"))
+        assert row["ppo"]["kl"] == pytest.approx(policy - sft, abs=1e-4)
+        assert abs(row["sft"]["kl"]) < 1e-5
+    assert max(abs(row["ppo"]["kl"]) for row in run.answers) > 0.1
+
+
+def test_the_reference_is_the_sft_model_and_stays_it(full):
+    # That the reference is frozen and shares no weight with the policy shows in the KL that grows.
+    assert abs(column(full, "rollout/kl")[0]) < 1e-5 < column(full, "rollout/kl")[-1] - 0.1
+
+
+def test_the_policy_of_ppo_starts_from_the_sft_model_and_not_from_the_given_one(runs, places):
+    run = runs(learning_rate=1e-12)
+    sft = weights(run.folder / "sft")
+    assert torch.allclose(weights(run.folder / "policy"), sft, atol=1e-6)
+    assert not torch.allclose(weights(places["policy"]), sft, atol=1e-4)
+
+
+def test_ppo_moves_the_policy(full):
+    policy, sft = (weights(full.folder / name) for name in ("policy", "sft"))
+    assert (policy - sft).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("pad_token", ["[PAD]", "[EOS]"])
+def test_the_saved_reward_model_gives_the_scores_of_all_answers(args, tmp_path, pad_token):
+    policy = save(tmp_path / "given", make_lm("GPT2"), make_tokenizer(pad_token=pad_token))
+    run = start(args, policy_model=policy, score_norm="none")
+    for row in run.answers:  # those of after PPO too: the reward model has not moved since
+        for answer in (row["sft"], row["ppo"]):
+            expected = read_score(run.folder / "reward_model", row["prompt"], answer)
+            assert answer["score"] == pytest.approx(expected, abs=1e-5)
+
+
+def read_score(folder, prompt, answer):
+    """The score of prompt and answer, by transformers, with one EOS behind what has ended."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = f"{prompt} {answer['response']}"
+    ids = [x for x in tokenizer(text)["input_ids"] if x != tokenizer.eos_token_id]
+    ids = [*ids, tokenizer.eos_token_id] if answer["ended"] else ids
+    return model(torch.tensor([ids])).logits[0, 0].item()
+
+
+def test_ratio_first_is_one_in_every_iteration_at_any_temperature(runs, full):
+    for run in (full, runs(total_episodes=32, eval_interval=2, temperature=0.7)):
+        assert column(run, "ppo/ratio_first") == pytest.approx([1] * 4, abs=1e-5)
+
+
+def test_the_critic_learns_at_its_own_rate(ppo_runs):
+    slow_critic = ppo_runs(critic_learning_rate=1e-12)
+    slow_policy = ppo_runs(learning_rate=1e-12, critic_learning_rate=1e-1)
+    # A critic that is 0 everywhere explains nothing, and a policy that stands has no KL.
+    assert column(slow_critic, "ppo/explained_variance") == pytest.approx([0, 0], abs=1e-6)
+    assert column(slow_policy, "rollout/kl") == pytest.approx([0, 0], abs=1e-5)
+    assert abs(column(slow_policy, "ppo/explained_variance")[1]) > 1e-3
+    assert column(slow_critic, "rollout/kl")[1] > 1e-2
+
+
+def test_a_reward_that_is_not_finite_stops_ppo_with_stage_step_and_quantity(args, places):
+    run = replace(args, reward_fn=f"{places['rewards']}:too_large", score_norm="none",
+                  run_name="too_large")
+    with pytest.raises(FloatingPointError, match=r"^ppo iteration 1 step 1: \w*loss is (nan|inf)"):
+        main(run)
+    folder = Path(run.output_dir, run.run_name)
+    assert torch.equal(weights(folder / "policy"), weights(folder / "sft"))  # both are intact
+
+
+def test_a_loss_that_is_not_finite_stops_stage_1_before_it_saves_a_model(args):
+    with pytest.raises(FloatingPointError, match=r"^sft step 2: loss is (nan|inf)"):
+        main(replace(args, sft_learning_rate=1e30, run_name="diverged"))
+    assert not Path(args.output_dir, "diverged", "sft").exists()
+
+
+def test_gradient_checkpointing_changes_no_result(full, args):
+    run = start(args, total_episodes=32, eval_interval=2, gradient_checkpointing=True)
+    for found, expected in zip(run.metrics, full.metrics, strict=True):
+        assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_microbatches_change_the_plan_and_no_result(full, runs):
+    run = runs(total_episodes=32, eval_interval=2, microbatch_size=3)
+    assert "microbatches of 3" in run.console and "microbatches of 4" in full.console
+    for found, expected in zip(run.metrics, full.metrics, strict=True):
+        assert found == pytest.approx(expected, abs=1e-3)
+
+
+# The loop of stage 3: schedules, logged numbers by hand -------------------------------------------
+
+
+def test_the_plan_says_how_episodes_are_divided(full):
+    assert re.search(r"plan .*4 iterations x 8 responses.* 2 epochs x 2 steps of 4.* microbatches "
+                     "of 4", full.console)
+
+
+def test_an_iteration_takes_the_next_rows_of_a_shuffled_pass_over_all():
+    rows = [{"prompt": x} for x in "abcdef"]
+    batches = [prompt_batch(rows, i, 4, seed=1) for i in (1, 2, 3)]  # 12 rows: two passes
+    flat = [row["prompt"] for batch in batches for row in batch]
+    assert sorted(flat[:6]) == sorted(flat[6:]) == list("abcdef") and flat[:6] != flat[6:]
+
+
+def test_a_batch_may_be_larger_than_the_data():
+    flat = [row["prompt"] for row in prompt_batch([{"prompt": "a"}, {"prompt": "b"}], 1, 6, seed=1)]
+    assert sorted(flat) == list("aaabbb")
+
+
+@pytest.mark.parametrize(("settings", "expected"), [
+    ({}, [1e-2, 7.5e-3, 5e-3, 2.5e-3]),
+    ({"lr_warmup": 2}, [5e-3, 7.5e-3, 5e-3, 2.5e-3]),
+    ({"lr_warmup": 2, "anneal_lr": False}, [5e-3, 1e-2, 1e-2, 1e-2]),
+])
+def test_the_learning_rate_of_the_log_warms_up_and_falls_to_0(ppo_runs, settings, expected):
+    run = ppo_runs(total_episodes=32, **settings)
+    assert column(run, "ppo/learning_rate") == pytest.approx(expected)
+
+
+def test_the_adaptive_kl_coef_follows_from_the_kl_of_the_iteration_before(ppo_runs):
+    run = ppo_runs(total_episodes=32, kl_target=3.0, kl_horizon=40)
+    coefs, kls = column(run, "ppo/kl_coef"), column(run, "rollout/kl")
+    expected = [0.05]
+    for kl in kls[:-1]:  # 8 episodes of a horizon of 40
+        expected.append(expected[-1] * (1 + max(-0.2, min(0.2, kl / 3.0 - 1)) * 8 / 40))
+    assert coefs == pytest.approx(expected) and coefs[1] == pytest.approx(0.05 * 0.96)
+    assert coefs[2] != coefs[1]
+
+
+def test_the_adapted_kl_coef_is_used_in_the_rewards(ppo_runs):
+    run = ppo_runs(total_episodes=32, kl_target=1e6, kl_horizon=8, missing_eos_penalty=0.0)
+    coefs = column(run, "ppo/kl_coef")  # KL far below its target: each time a fifth less
+    assert coefs == pytest.approx([0.05, 0.04, 0.032, 0.0256])
+    for x in run.samples:
+        expected = x["score"] - coefs[x["iteration"] - 1] * x["kl"]
+        assert x["total"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_reference_is_refreshed_exactly_at_its_interval(ppo_runs):
+    kls = column(ppo_runs(total_episodes=40, ref_update_interval=2), "rollout/kl")
+    assert [abs(kl) < 1e-5 for kl in kls] == [True, False, True, False, True]
+
+
+def test_max_kl_ends_the_run_with_the_last_policy_saved_before(ppo_runs):
+    whole = ppo_runs(total_episodes=24, anneal_lr=False)
+    run = ppo_runs(total_episodes=24, anneal_lr=False, max_kl=1e-3)
+    # Iteration 1 has no KL, and its policy is saved. Iteration 2 has passed the limit.
+    assert run.metrics == whole.metrics[:2] and run.metrics[1]["rollout/kl"] > 1e-3
+    one_iteration = ppo_runs(total_episodes=8, anneal_lr=False)
+    assert torch.equal(*(weights(x.folder / "policy") for x in (run, one_iteration)))
+    assert re.search(r"ends: KL \d+\.\d+ nats > --max-kl 0.001", run.console)
+
+
+def test_after_max_kl_the_table_is_about_the_saved_policy(ppo_runs, places):
+    run = ppo_runs(total_episodes=24, max_kl=1e-3, save_interval=20, eval_prompts=4)
+    assert torch.equal(weights(run.folder / "policy"), weights(places["policy"]))
+    assert all(row["ppo"] == row["sft"] for row in run.answers)
+
+
+def test_each_iteration_draws_random_numbers_of_its_own(tmp_path, ppo_args, recorder):
+    rows = [{"prompt": "the", "answer": i} for i in range(8)]
+    start(ppo_args, dataset=write_rows(tmp_path / "one.jsonl", rows), learning_rate=1e-12,
+          reward_fn=f"{recorder}:recorded")
+    *_, first, second = calls(recorder)  # one prompt, one policy
+    assert first[0] == second[0] == ["the"] * 8 and first[1] != second[1]
+
+
+def test_evaluations_repeat_prompts_and_random_numbers(ppo_args, recorder):
+    run = start(ppo_args, eval_prompts=4, eval_interval=1, learning_rate=1e-12,
+                reward_fn=f"{recorder}:recorded")
+    held_out = [row["prompt"] for row in run.answers]
+    evaluations = [x for x in calls(recorder) if x[0] == held_out]
+    others = [x for x in calls(recorder) if x[0] != held_out]
+    assert len(evaluations) == 1 + 2 + 1  # before, after each iteration, at the end
+    assert all(x == evaluations[0] for x in evaluations)  # of a policy that stands
+    assert not any(set(prompts) & set(held_out) for prompts, *_ in others)
+
+
+def test_the_held_out_answers_do_not_depend_on_the_batch_size(ppo_runs):
+    small, large = (ppo_runs(batch_size=size, eval_prompts=7, score_norm="none") for size in (4, 8))
+    assert [x["sft"] for x in small.answers] == [pytest.approx(x["sft"]) for x in large.answers]
+
+
+def test_score_len_corr_is_the_correlation_of_scores_and_numbers_of_tokens(ppo_args, recorder):
+    run = start(ppo_args, reward_fn=f"{recorder}:recorded", batch_size=32, total_episodes=32)
+    _, responses, _, tokens = calls(recorder)[-1]
+    scores = torch.tensor([len(x) / 10 for x in responses])
+    lens = torch.tensor([float(len(x)) for x in tokens])
+    scores, lens = scores - scores.mean(), lens - lens.mean()
+    expected = (scores * lens).mean() / ((scores**2).mean() * (lens**2).mean()) ** 0.5
+    assert run.metrics[0]["rollout/score_len_corr"] == pytest.approx(expected.item(), abs=1e-5)
+    assert abs(expected) > 0.01
+
+
+def test_scores_that_do_not_vary_have_no_correlation_with_length(ppo_runs):
+    assert ppo_runs(response_len=1).metrics[0]["rollout/score_len_corr"] == 0
+
+
+def test_ratio_max_grows_with_the_learning_rate_and_is_at_least_ratio_first(ppo_runs):
+    slow, fast = (max(column(ppo_runs(learning_rate=x), "ppo/ratio_max")) for x in (1e-12, 1e-2))
+    assert slow == pytest.approx(1, abs=1e-5) and fast > 1.1
+
+
+# The table before and after -----------------------------------------------------------------------
+
+
+def table(run):
+    """The final table: name -> numbers before and after."""
+    lines = run.console.split("held-out prompts")[-1].split("\n\nprompt")[0].splitlines()[1:]
+    rows = [line.rsplit(maxsplit=2) for line in lines]
+    return {name.strip(): (float(before), float(after)) for name, before, after in rows}
+
+
+def test_the_answers_are_one_before_and_one_after_to_every_held_out_prompt(full, args):
+    _, held_out = load_data(resolve_args(args))
+    assert {row["prompt"] for row in full.answers} == {row["prompt"] for row in held_out.prompts}
+    for row in full.answers:
+        assert set(row) == {"prompt", "sft", "ppo"}
+        assert row["sft"]["prompt"] == row["ppo"]["prompt"] == row["prompt"]
+
+
+def test_the_table_has_the_means_over_the_answers(full):
+    for key, name in (("score", "score_mean"), ("kl", "kl"), ("ended", "eos_share")):
+        for i, side in enumerate(("sft", "ppo")):
+            mean = sum(row[side][key] for row in full.answers) / len(full.answers)
+            assert table(full)[name][i] == pytest.approx(mean, abs=1e-3)
+
+
+def test_the_win_rate_counts_answers_that_score_higher_and_half_of_those_that_tie(full):
+    wins = [(row["ppo"]["score"] > row["sft"]["score"]) + 0.5 * (row["ppo"]["score"]
+            == row["sft"]["score"]) for row in full.answers]
+    assert table(full)["win rate by score"] == pytest.approx((0.5, sum(wins) / 4))
+
+
+def test_the_last_evaluation_is_the_last_column_of_the_table(full):
+    # The one is about the policy in memory, the other about policy/ on disk.
+    for name, (_, after) in table(full).items():
+        if not name.startswith("win rate"):
+            assert full.metrics[-1][f"eval/{name}"] == pytest.approx(after, abs=1e-3)
+
+
+def test_the_perplexity_in_the_table_is_that_of_held_out_demonstrations(full, args):
+    _, held_out = load_data(resolve_args(args))
+    policy = load_policy(str(full.folder / "sft"), resolve_args(replace(args, run_name="none")))
+    rows = policy.collate(held_out.demonstrations)
+    logprobs, _, _ = policy(rows.sequence_ids, rows.sequence_mask, rows.response_mask.shape[1], 1.0)
+    expected = math.exp(-logprobs[rows.response_mask].mean().item())
+    assert table(full)["perplexity"][0] == pytest.approx(expected, rel=1e-3)
+    assert f"sft/perplexity {expected:.3f} on held-out rows" in full.console
+
+
+# Rewards from elsewhere ---------------------------------------------------------------------------
 
 
 @pytest.fixture
-def seen(monkeypatch):
-    """The models that the evaluations before and after PPO saw, and a copy of their weights."""
-    seen, evaluate = [], ppo_rlhf.evaluate
-
-    def spy(actor_critic, reference, score, *rest):
-        models = {"actor_critic": actor_critic, "policy": actor_critic.policy,
-                  "reference": reference, "reward": score.keywords["reward_model"]}
-        seen.append({name: (model, torch.cat([x.detach().clone().flatten()
-                                              for x in model.parameters()]))
-                     for name, model in models.items()})
-        return evaluate(actor_critic, reference, score, *rest)
-
-    monkeypatch.setattr(ppo_rlhf, "evaluate", spy)
-    return seen
+def recorder(tmp_path):
+    """A file of reward functions in a folder of its own, where `recorded` writes calls.jsonl."""
+    (tmp_path / "my_words.py").write_text("WORD = 'good'\n")
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    return tmp_path / "my_rewards.py"
 
 
-def test_reference_and_reward_model_do_not_move_and_the_policy_does(tiny_args, seen):
-    run(tiny_args)
-    before, after = ({name: weights for name, (_, weights) in x.items()} for x in seen)
-    assert torch.equal(before["reference"], after["reference"])
-    assert torch.equal(before["reward"], after["reward"])
-    assert not torch.equal(before["policy"], after["policy"])
-
-
-def test_the_reference_is_frozen_and_shares_no_weight_with_the_policy(tiny_args, seen):
-    run(tiny_args)
-    for models in seen:
-        trained, frozen = (list(models[x][0].parameters()) for x in ("actor_critic", "reference"))
-        assert not any(x.requires_grad for x in frozen)
-        assert not {x.data_ptr() for x in trained} & {x.data_ptr() for x in frozen}
-
-
-def test_the_kl_starts_at_zero_and_grows(tiny_args):
-    metrics = run(tiny_args, total_episodes=32)
-    assert abs(metrics[0]["rollout/kl"]) < 1e-4 < metrics[-1]["rollout/kl"]
-
-
-def forget_gold_after_labelling(monkeypatch):
-    """The annotator still knows gold; for everybody else it is 0."""
-    label, real = ppo_rlhf.compare_own_samples, ppo_rlhf.gold_reward
-
-    def label_with_gold(*x):
-        with monkeypatch.context() as patch:
-            patch.setattr(ppo_rlhf, "gold_reward", real)
-            return label(*x)
-
-    monkeypatch.setattr(ppo_rlhf, "compare_own_samples", label_with_gold)
-    monkeypatch.setattr(ppo_rlhf, "gold_reward", lambda *x: 0.0)
-
-
-def test_the_adapted_kl_coef_is_carried_on_and_used_in_the_rewards(tiny_args, monkeypatch):
-    used, original = [], ppo_rlhf.compute_rewards
-    monkeypatch.setattr(ppo_rlhf, "compute_rewards", lambda rollout, norm, kl_coef, args:
-                        used.append(kl_coef) or original(rollout, norm, kl_coef, args))
-    metrics = run(tiny_args, kl_target=1e6, kl_horizon=8, total_episodes=32)
-    # KL far below its target: each time a fifth less.
-    assert used == pytest.approx([0.05 * 0.8**i for i in range(4)])
-    assert used == [x["ppo/kl_coef"] for x in metrics]
-
-
-def test_evaluations_share_prompts_and_seed_and_iterations_do_not(tiny_args, monkeypatch):
-    calls, original = [], ppo_rlhf.collect_rollout
-    monkeypatch.setattr(ppo_rlhf, "collect_rollout", lambda *x: calls.append(x) or original(*x))
-    run(tiny_args, total_episodes=32)
-    prompts, seeds = [{tuple(p) for p in x[2]} for x in calls], [x[4] for x in calls]
-    assert prompts[0] == prompts[-1] and not prompts[0] & set.union(*prompts[1:-1])
-    assert seeds[0] == seeds[-1] and len(set(seeds)) == 1 + 4
-
-
-def test_demonstrations_are_always_read_at_temperature_1(tiny_args, monkeypatch):
-    temperatures, original = [], ppo_rlhf.sft_loss_sum
-    monkeypatch.setattr(ppo_rlhf, "sft_loss_sum", lambda policy, x:
-                        temperatures.append(policy.temperature) or original(policy, x))
-    run(tiny_args, temperature=0.5, ptx_coef=1.0)
-    assert set(temperatures) == {1.0}
-
-
-def test_gold_is_reported_and_never_trained_on(tmp_path, monkeypatch, small_reviews):
-    args = replace(REVIEWS, output_dir=str(tmp_path))
-    honest = run(args, run_name="honest")
-    forget_gold_after_labelling(monkeypatch)
-    blind = run(args, run_name="blind")
-    assert [m.pop("rollout/gold_mean") for m in blind] == [0.0, 0.0]
-    assert all(m.pop("rollout/gold_mean") != 0.0 for m in honest)
-    assert blind == honest
-
-
-# Rewards from elsewhere --------------------------------------------------------------------------
+def calls(recorder):
+    """What `recorded` was called with: prompts, responses, answers, tokens."""
+    return read_rows(recorder.with_name("calls.jsonl"))
 
 
 @pytest.mark.parametrize("function", ["count_good", "dense_good"])
-def test_a_reward_function_from_a_file_is_learnt(tiny_args, reward_file, function):
-    metrics = run(tiny_args, reward_fn=f"{reward_file}:{function}", total_episodes=960,
-                  batch_size=32, minibatch_size=8, learning_rate=3e-3, kl_coef=0.01)
-    first, last = metrics[0]["rollout/score_mean"], metrics[-1]["rollout/score_mean"]
-    assert last > first + 2  # of at most 6 words
-    assert not (Path(tiny_args.output_dir) / "run" / "reward_model").exists()
+def test_a_reward_function_from_a_file_is_learnt(ppo_args, places, function):
+    run = start(ppo_args, reward_fn=f"{places['rewards']}:{function}", total_episodes=480,
+                batch_size=32, minibatch_size=8, learning_rate=1e-2, kl_coef=0.01, save_interval=9)
+    scores = column(run, "rollout/score_mean")
+    assert scores[-1] > scores[0] + 2  # of at most 6 words
+
+
+def test_a_reward_function_gets_uncut_prompts_columns_and_the_strings_of_the_tokens(
+    ppo_args, places, recorder, tmp_path
+):
+    rows = [{"prompt": "the plot was dull good bad a b", "answer": i} for i in range(16)]
+    run = start(ppo_args, dataset=write_rows(tmp_path / "long.jsonl", rows),
+                reward_fn=f"{recorder}:recorded")
+    prompts, responses, answers, tokens = calls(recorder)[-1]
+    assert run.args["max_prompt_len"] == 4 and prompts == [rows[0]["prompt"]] * 8
+    expected = prompt_batch(rows, 2, 8, seed=1)
+    assert answers == [row["answer"] for row in expected]
+    for response, strings in zip(responses, tokens, strict=True):
+        assert response.split() == [x for x in strings if x != "[EOS]"]
+        assert "[EOS]" not in strings[:-1] and 1 <= len(strings) <= 6
+
+
+def test_a_reward_function_gets_messages_as_messages(ppo_args, recorder, tmp_path):
+    messages = [{"role": "user", "content": "the plot was dull"}]
+    rows = [{"prompt": messages, "answer": {"grade": i}} for i in range(16)]
+    start(ppo_args, dataset=write_rows(tmp_path / "chat.jsonl", rows),
+          reward_fn=f"{recorder}:recorded")
+    prompts, _, answers, _ = calls(recorder)[-1]
+    assert prompts == [messages] * 8 and {"grade"} == set().union(*answers)
+
+
+def test_braces_in_prompts_are_no_placeholders(ppo_args, tmp_path):
+    rows = [{"prompt": "{the} {0}", "answer": i} for i in range(8)]
+    run = start(ppo_args, dataset=write_rows(tmp_path / "braces.jsonl", rows))
+    assert "'{the} {0}' -> " in run.console
 
 
 @pytest.mark.parametrize(("function", "reason"), [
-    ("raises", "division by zero"), ("wrong_count", "1 scores for 2"), ("not_a_number", "nan")])
+    ("raises", "division by zero"), ("wrong_count", "1 scores for 2 responses"),
+    ("wrong_type", "it returned high for '"), ("not_a_number", "it returned nan for '"),
+    ("asks_for_more", "colour"), ("missing", "missing")])
 def test_a_broken_reward_function_is_refused_before_training(
-    tiny_args, reward_file, function, reason, capsys
+    args, places, function, reason, capsys
 ):
-    with pytest.raises(SystemExit) as end:
-        run(tiny_args, reward_fn=f"{reward_file}:{function}")
-    message = capsys.readouterr().err
-    assert end.value.code == 2 and reason in message and function in message
-    assert not (Path(tiny_args.output_dir) / "run").exists()
+    name = f"{places['rewards']}:{function}"
+    message = refusal(replace(args, reward_fn=name, run_name="refused"), capsys)
+    assert f"--reward-fn {name} cannot be used" in message and reason in message
 
 
-def test_a_given_reward_model_with_the_same_tokens_scores_ids(tiny_args, tmp_path):
-    reward = save(tmp_path / "reward", make_reward_model(), make_tokenizer())
-    metrics = run(tiny_args, reward_model=reward, critic="separate")
-    assert metrics[0]["rollout/score_std"] > 0
+def test_a_constant_added_to_the_scores_changes_nothing(ppo_runs, places):
+    plain, *shifted = (ppo_runs(total_episodes=32, reward_fn=f"{places['rewards']}:{name}")
+                       for name in ("letters", "letters_plus_10", "letters_minus_10"))
+    for run in shifted:
+        assert run.args["score_norm"] == "center" and run.samples[0]["score"] < 5
+        for found, expected in zip(run.metrics, plain.metrics, strict=True):
+            assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_without_score_norm_a_constant_changes_the_run(ppo_runs, places):
+    plain, shifted = (ppo_runs(reward_fn=f"{places['rewards']}:{name}", score_norm="none")
+                      for name in ("letters", "letters_plus_10"))
+    assert shifted.metrics[0]["rollout/score_mean"] == pytest.approx(
+        plain.metrics[0]["rollout/score_mean"] + 10, abs=1e-4)
+    assert abs(plain.metrics[1]["rollout/kl"] - shifted.metrics[1]["rollout/kl"]) > 0.01
+
+
+def test_score_norm_is_sft_for_a_trained_model_center_for_a_given_one_and_none_if_dense(
+    full, ppo_runs, places
+):
+    assert full.args["score_norm"] == "sft"
+    assert ppo_runs().args["score_norm"] == "center"
+    assert ppo_runs(reward_fn=None, reward_model=places["reward_model"]).args["score_norm"] == (
+        "center")
+    assert ppo_runs(reward_fn=f"{places['rewards']}:dense_good").args["score_norm"] == "none"
 
 
 def moved_tokenizer():
@@ -266,178 +684,276 @@ def moved_tokenizer():
                                    pad_token="[PAD]", eos_token="[EOS]")
 
 
-def test_a_reward_model_with_other_tokens_is_fed_the_text():
-    other = moved_tokenizer()
-    rows = ppo_rlhf.retokenise([[4, 5, 6, 7, 1], [4, 5]], tokenizer=make_tokenizer(),
-                               eos_ids=[1], reward_tokenizer=other)
-    whole, cut = other(["the plot was dull", "the plot"])["input_ids"]
-    assert whole != [4, 5, 6, 7]
-    assert rows == [[*whole, other.eos_token_id], cut]  # only the first had ended
+def eos_writing_tokenizer():
+    """A tokenizer that puts EOS behind every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A [EOS]", special_tokens=[("[EOS]", 1)])
+    return tokenizer
 
 
-@pytest.mark.parametrize("kind", ["causal", "two outputs"])
-def test_what_is_no_reward_model_is_refused(tiny_args, tmp_path, policy_folder, kind, capsys):
-    two = save(tmp_path / "two", make_reward_model(num_labels=2), make_tokenizer())
-    with pytest.raises(SystemExit) as end:
-        run(tiny_args, reward_model=policy_folder if kind == "causal" else two)
-    assert end.value.code == 2 and "--reward-model" in capsys.readouterr().err
+@pytest.mark.parametrize("make", [make_tokenizer, moved_tokenizer, eos_writing_tokenizer])
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_a_given_reward_model_reads_the_text_through_its_own_tokenizer(
+    ppo_args, tmp_path, make, critic
+):
+    reward = save(tmp_path / "reward", make_reward_model(), make())
+    run = start(ppo_args, reward_fn=None, reward_model=reward, critic=critic, score_norm="none",
+                eval_prompts=4, eval_interval=2)
+    for row in run.answers:
+        assert row["sft"]["score"] == pytest.approx(
+            read_score(reward, row["prompt"], row["sft"]), abs=1e-5)
+    assert run.metrics[0]["rollout/score_std"] > 0
 
 
-# Every flag --------------------------------------------------------------------------------------
+# The embedded task --------------------------------------------------------------------------------
 
-CHANGES = {
-    "dataset": None, "policy_model": None, "reward_model": None, "reward_fn": None,
-    "sft_dataset": None, "output_dir": None, "run_name": None, "device": None,  # tests of their own
-    "dataset_split": "train[:20]", "max_prompt_len": 2, "response_len": 4, "vocab_size": 260,
-    "eval_prompts": 2, "sft_epochs": 2, "sft_learning_rate": 2e-3, "reward_epochs": 2,
-    "reward_learning_rate": 2e-3, "critic": "separate", "critic_learning_rate": 1e-4,
-    "score_norm": "running", "ref_update_interval": 1, "total_episodes": 8, "batch_size": 16,
-    "minibatch_size": 8, "microbatch_size": 2, "update_epochs": 1, "learning_rate": 1e-3,
-    "lr_warmup": 2, "anneal_lr": False, "temperature": 0.5, "gamma": 0.5, "gae_lambda": 0.5,
+
+REVIEWS = Args(eval_prompts=16, num_comparisons=64, total_episodes=256, batch_size=128,
+               update_epochs=1, learning_rate=1e-3, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def review_rows():
+    """The demonstrations of the embedded task."""
+    data, _ = load_data(resolve_args(replace(REVIEWS, eval_prompts=0)))
+    return data.demonstrations
+
+
+@pytest.fixture(scope="session")
+def reviews(review_rows, places, folder):
+    """One run of the embedded task, with few demonstrations."""
+    rows = [{"prompt": x["prompt"], "completion": x["chosen"]} for x in review_rows[:1000]]
+    return start(REVIEWS, output_dir=places["runs"],
+                 sft_dataset=write_rows(folder / "reviews.jsonl", rows))
+
+
+def test_the_embedded_task_reports_gold_and_grammar(reviews):
+    rows = read_rows(reviews.folder / "metrics.jsonl")
+    assert set(rows[0]) - {"iteration", "episodes", "wall_time"} == KEYS | {
+        "rollout/gold_mean", "rollout/grammatical"}
+    for row in reviews.answers:
+        for x in (row["sft"], row["ppo"]):
+            assert x["gold"] == gold_reward(x["prompt"], x["response"], x["ended"])
+
+
+def test_the_win_rate_of_the_embedded_task_is_by_gold(reviews):
+    wins = [(row["ppo"]["gold"] > row["sft"]["gold"]) + 0.5 * (row["ppo"]["gold"]
+            == row["sft"]["gold"]) for row in reviews.answers]
+    assert len(wins) == 16
+    assert table(reviews)["win rate by gold"] == pytest.approx((0.5, sum(wins) / 16), abs=1e-3)
+
+
+def test_gold_is_reported_and_never_trained_on(reviews, review_rows, folder):
+    # Stage 3 again, on the same prompts from a file: this run knows no gold.
+    again = {name: reviews.args[name] for name in (
+        "max_prompt_len", "response_len", "score_norm", "adam_eps", "output_dir")}
+    blind = start(REVIEWS, **again, sft_epochs=0, policy_model=str(reviews.folder / "sft"),
+                  reward_model=str(reviews.folder / "reward_model"),
+                  dataset=write_rows(folder / "blind.jsonl", review_rows))
+    for row in blind.metrics:
+        assert not row.keys() & {"rollout/gold_mean", "rollout/grammatical"}
+    gold = {"rollout/gold_mean", "rollout/grammatical"}
+    assert blind.metrics == [{key: value for key, value in row.items() if key not in gold}
+                             for row in reviews.metrics]
+
+
+@pytest.fixture(scope="session")
+def compared(reviews, review_rows, tmp_path_factory):
+    """Stage 2 alone. Returns: what it was given, now with comparisons, and what it has reported."""
+    data, held_out = (SimpleNamespace(prompts=rows, comparisons=[])
+                      for rows in (review_rows[:100], review_rows[100:120]))
+    args, results = resolve_args(REVIEWS), {}
+    log = SimpleNamespace(args=args, run_dir=tmp_path_factory.mktemp("stage2"),
+                          result=results.__setitem__, scalars=lambda *x: None)
+    train_reward_model(str(reviews.folder / "sft"), data, held_out, args, log)
+    return data, held_out, results
+
+
+def test_the_reward_model_is_judged_on_samples_to_held_out_prompts(compared):
+    data, held_out, results = compared
+    assert (len(data.comparisons), len(held_out.comparisons)) == (64, 500)
+    for part in (data, held_out):
+        prompts = {row["prompt"] for row in part.prompts}
+        assert {row["prompt"] for row in part.comparisons} <= prompts
+    assert list(results) == ["reward_model/accuracy"] and 0 < results["reward_model/accuracy"] < 1
+
+
+def test_the_annotator_prefers_more_gold_with_the_odds_of_bradley_terry(compared):
+    right, expected = [], []
+    for row in compared[1].comparisons:
+        better, worse = (gold_reward(row["prompt"], row[x], row[x].endswith("."))
+                         for x in ("chosen", "rejected"))
+        right.append(float(better > worse) + 0.5 * (better == worse))
+        expected.append(1 / (1 + math.exp(-2 * abs(better - worse))))
+    assert max(expected) > 0.9
+    # 500 choices: their mean has a standard error of at most 0.5 / √500 = 0.022.
+    assert sum(right) / 500 == pytest.approx(sum(expected) / 500, abs=0.06)
+
+
+# Every flag ---------------------------------------------------------------------------------------
+
+PPO_CHANGES = {  # against a run of stage 3 alone
+    "dataset": "{fewer_pairs}", "dataset_split": "train[:20]", "max_prompt_len": 2,
+    "response_len": 4, "eval_prompts": 4, "policy_model": "{other_policy}",
+    "reward_fn": "{rewards}:count_good", "critic": "separate", "critic_learning_rate": 1e-4,
+    "score_norm": "none", "ref_update_interval": 1, "total_episodes": 8, "batch_size": 16,
+    "minibatch_size": 8, "update_epochs": 1, "learning_rate": 1e-3, "lr_warmup": 2,
+    "anneal_lr": False, "adam_eps": 1.0, "temperature": 0.5, "gamma": 0.5, "gae_lambda": 0.5,
     "clip_coef": 0.01, "vf_clip_coef": 0.001, "vf_coef": 1.0, "ent_coef": 0.5,
     "max_grad_norm": 0.01, "target_kl": 1e-9, "kl_coef": 0.5, "kl_in": "loss",
     "kl_estimator": "k2", "kl_target": 1.0, "kl_horizon": 10, "max_kl": 1e-3,
     "norm_advantages": False, "whiten_rewards": True, "score_clip": 0.1,
     "missing_eos_penalty": 0.0, "ptx_coef": 1.0, "seed": 2, "dtype": "bfloat16",
-    "save_interval": 1, "log_samples_interval": 2,
+    "save_interval": 2, "eval_interval": 1,
 }
+STAGE_CHANGES = {  # against a run of all three stages
+    "sft_dataset": "{texts}", "reward_model": "{reward_model}", "sft_epochs": 2,
+    "sft_learning_rate": 2e-3, "reward_epochs": 2, "reward_learning_rate": 2e-3,
+}
+OWN_TESTS = {"microbatch_size", "gradient_checkpointing", "num_comparisons", "device",
+             "output_dir", "run_name"}
 TOGETHER = {  # what a flag needs beside it to have an effect
     "kl_in": {"kl_estimator": "k2"}, "kl_horizon": {"kl_target": 1.0},
-    "vocab_size": {"policy_model": None},
+    "max_kl": {"total_episodes": 24}, "eval_interval": {"eval_prompts": 4},
 }
 
 
-def observe(args, capsys):
-    """All that a run shows: console, metrics, samples, number of times that policy/ was saved."""
-    saves, original = [], ppo_rlhf.save_policy
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo_rlhf, "save_policy", lambda *x: saves.append(1) or original(*x))
-        metrics = run(args)
-    samples = Path(args.output_dir, args.run_name, "samples.jsonl")
-    lines = samples.read_text().splitlines() if samples.exists() else []
-    texts = [json.loads(line)["response"] for line in lines]
-    plan = capsys.readouterr().out.split("plan ")[1].split("sft ")[0]
-    return metrics, texts, len(saves), plan
+def test_the_tables_of_changes_name_every_flag():
+    assert PPO_CHANGES.keys() | STAGE_CHANGES.keys() | OWN_TESTS == {x.name for x in fields(Args)}
 
 
-def test_the_table_of_changes_names_every_flag():
-    assert set(CHANGES) == {field.name for field in fields(Args)}
+@pytest.mark.parametrize("flag", [*PPO_CHANGES, *STAGE_CHANGES])
+def test_changing_a_flag_changes_something_observable(runs, ppo_runs, places, flag):
+    make, value = (runs, STAGE_CHANGES[flag]) if flag in STAGE_CHANGES else (
+        ppo_runs, PPO_CHANGES[flag])
+    value = value.format(**places) if isinstance(value, str) else value
+    together = TOGETHER.get(flag, {})
+    before, after = make(**together), make(**together, **{flag: value})
+    assert (before.metrics, before.samples, before.answers) != (
+        after.metrics, after.samples, after.answers)
 
 
-@pytest.mark.parametrize("flag", [flag for flag, value in CHANGES.items() if value is not None])
-def test_changing_a_flag_changes_something_observable(tiny_args, flag, capsys):
-    base = replace(tiny_args, **TOGETHER.get(flag, {}))
-    before = observe(replace(base, run_name="before"), capsys)
-    after = observe(replace(base, run_name="after", **{flag: CHANGES[flag]}), capsys)
-    if flag == "microbatch_size":  # memory, not results
-        assert before[3] != after[3]
-        for x, y in zip(before[0], after[0], strict=True):
-            assert x == pytest.approx(y, abs=1e-3)
-    else:
-        assert before[:3] != after[:3]
+def test_a_run_goes_to_the_folder_that_its_flags_name(ppo_args, tmp_path):
+    main(replace(ppo_args, output_dir=str(tmp_path / "here"), run_name="mine"))
+    assert (tmp_path / "here" / "mine" / "metrics.jsonl").exists()
 
 
-def test_help_explains_every_flag_in_words():
-    source = Path(ppo_rlhf.__file__).read_text().split("class Args:")[1].split("\ndef ")[0]
+def test_num_comparisons_is_the_number_of_pairs_that_the_reward_model_is_trained_on(compared):
+    assert len(compared[0].comparisons) == 64
+
+
+def test_help_explains_every_flag_in_words(capsys):
+    import tyro
+
+    with pytest.raises(SystemExit):
+        tyro.cli(Args, args=["--help"])
+    text = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
     for field in fields(Args):
-        after = source.split(f"    {field.name}: ")[1].split("\n", 1)[1].strip()
-        assert after.startswith('"""') and len(after.split('"""')[1]) > 10, field.name
+        flag = f"--{field.name.replace('_', '-')} "
+        if field.type is bool or field.type == "bool":
+            flag = f"{flag.strip()}, --no-{flag[2:]}"
+        assert flag in text, flag
+        entry = text.split(flag)[1].split("(default: ")[0]
+        assert len(re.findall(r"[a-z]{2,}", entry)) >= 2, entry
 
 
-# Refusals ----------------------------------------------------------------------------------------
+def test_defaults_follow_from_data_and_model(args):
+    given = resolve_args(replace(args, learning_rate=None, sft_learning_rate=None))
+    scratch = resolve_args(Args())
+    assert (given.learning_rate, given.sft_learning_rate) == (3e-6, 1e-5)
+    assert (scratch.learning_rate, scratch.sft_learning_rate) == (1e-4, 3e-3)
+    assert (given.adam_eps, scratch.adam_eps) == (1e-8, 1e-5)
+    assert scratch.critic_learning_rate == 10 * scratch.learning_rate
+    assert (scratch.max_prompt_len, scratch.response_len) == (16, 32)
+    assert (scratch.microbatch_size, scratch.score_norm) == (scratch.minibatch_size, "sft")
+
+
+# Refusals -----------------------------------------------------------------------------------------
+
+
+def refusal(args, capsys):
+    """The one line that a refused run ends with; it leaves no folder."""
+    capsys.readouterr()
+    before = set(Path(args.output_dir).glob("*"))
+    with pytest.raises(SystemExit) as end:
+        main(args)
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("ppo_rlhf.py: ")]
+    assert end.value.code == 2 and len(lines) == 1 and lines[0].endswith(".")
+    assert "Traceback" not in lines[0] and set(Path(args.output_dir).glob("*")) == before
+    return lines[0]
+
+
+NUMBERS = [x.name for x in fields(Args) if re.match("int|float", str(getattr(
+    x.type, "__name__", x.type))) and x.name != "seed"]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_is_negative_or_not_a_number_is_refused(args, name, capsys):
+    for value in (-1, float("nan")):
+        message = refusal(replace(args, **{name: value}), capsys)
+        assert message.startswith(f"ppo_rlhf.py: --{name.replace('_', '-')} {value} ")
 
 
 @pytest.mark.parametrize(("changes", "named"), [
     ({"gamma": 1.5}, "--gamma 1.5"),
+    ({"gae_lambda": 1.01}, "--gae-lambda 1.01"),
     ({"temperature": 0.0}, "--temperature 0.0"),
-    ({"kl_coef": -1.0}, "--kl-coef -1.0"),
-    ({"learning_rate": float("nan")}, "--learning-rate nan"),
-    ({"batch_size": 6}, "--batch-size 6"),
-    ({"kl_in": "loss"}, "--kl-in loss"),
-    ({"response_len": 100}, "--response-len 100"),
-    ({"dataset": "nowhere.jsonl"}, "--dataset nowhere.jsonl"),
-    ({"dataset_split": "test"}, "test"),
-    ({"policy_model": "nowhere"}, "--policy-model nowhere"),
-    ({"policy_model": None, "sft_epochs": 0}, "--sft-epochs 0"),
+    ({"learning_rate": 0.0}, "--learning-rate 0.0"),
+    ({"kl_coef": math.inf}, "--kl-coef inf"),
+    ({"response_len": 0}, "--response-len 0"),
+    ({"batch_size": 0}, "--batch-size 0"),
+    ({"total_episodes": 12}, "--total-episodes 12 is not a multiple of --batch-size 8"),
+    ({"batch_size": 6, "total_episodes": 18}, "--batch-size 6 is not a multiple of --minibatch-"),
+    ({"kl_in": "loss"}, "--kl-in loss with --kl-estimator k1"),
+    ({"kl_target": 1.0, "kl_coef": 0.0}, "--kl-target 1.0"),
+    ({"kl_target": 1.0, "kl_horizon": 4}, "--kl-horizon 4"),
+    ({"reward_fn": "{rewards}:letters", "reward_model": "{policy}"}, "--reward-model {policy}"),
     ({"reward_fn": "nowhere.py:f"}, "--reward-fn nowhere.py:f"),
-])  # fmt: skip
-def test_bad_input_is_refused_in_one_sentence_before_training(tiny_args, changes, named, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(replace(tiny_args, **changes))
-    assert end.value.code == 2 and named in capsys.readouterr().err
-    assert not (Path(tiny_args.output_dir) / "run").exists()
+    ({"reward_fn": "{rewards}:dense_good", "score_norm": "sft"}, "--score-norm sft"),
+    ({"reward_epochs": 0}, "--reward-epochs 0"),
+    ({"policy_model": None}, "--dataset {pairs} needs a --policy-model"),
+    ({"dataset": "reviews", "policy_model": None, "sft_epochs": 0}, "--sft-epochs 0"),
+    ({"eval_prompts": 20}, "--eval-prompts 20"),
+    ({"response_len": 100}, "--max-prompt-len 4 + --response-len 100"),
+    ({"dataset": "nowhere.jsonl"}, "--dataset nowhere.jsonl"),
+    ({"dataset": "{empty}"}, "--dataset {empty}"),
+    ({"dataset": "{unusable}"}, "--dataset {unusable}"),
+    ({"dataset": "{other_columns}"}, "it has columns question, reply"),
+    ({"dataset": "{rewards}"}, "--dataset {rewards}"),
+    ({"dataset_split": "test"}, "test"),
+    ({"dataset": "{prompts}", "eval_prompts": 0}, "--dataset {prompts} has no demonstrations"),
+    ({"dataset": "{prompts}", "eval_prompts": 0, "sft_epochs": 0, "ptx_coef": 1.0,
+      "reward_fn": "{rewards}:letters"}, "--ptx-coef 1.0"),
+    ({"dataset": "{prompts}", "eval_prompts": 0, "sft_epochs": 0}, "has no comparisons"),
+    ({"sft_dataset": "nowhere.jsonl"}, "--sft-dataset nowhere.jsonl"),
+    ({"sft_dataset": "{other_columns}"}, "it has columns question, reply"),
+    ({"policy_model": "nowhere"}, "--policy-model nowhere"),
+    ({"policy_model": "{reward_model}"}, "it is a LlamaForSequenceClassification"),
+    ({"policy_model": "{no_eos}"}, "--policy-model {no_eos}"),
+    ({"policy_model": "{more_tokens}"}, "its tokenizer has 16 tokens, its embedding 12"),
+    ({"reward_model": "nowhere"}, "--reward-model nowhere"),
+    ({"reward_model": "{policy}"}, "it is a GPT2LMHeadModel"),
+    ({"reward_model": "{two_outputs}"}, "2 outputs"),
+])
+def test_bad_input_is_refused_in_one_sentence_before_training(
+    args, places, changes, named, capsys
+):
+    changes = {name: value.format(**places) if isinstance(value, str) else value
+               for name, value in changes.items()}
+    assert named.format(**places) in refusal(replace(args, run_name="refused", **changes), capsys)
 
 
-def test_an_existing_run_is_not_overwritten(tiny_args):
-    run(tiny_args)
-    metrics = read_metrics(tiny_args)
-    with pytest.raises(SystemExit):
-        main(tiny_args)
-    assert read_metrics(tiny_args) == metrics
+def test_an_existing_run_is_not_overwritten(full, args, capsys):
+    before = (full.folder / "metrics.jsonl").read_text()
+    message = refusal(replace(args, run_name=full.folder.name), capsys)
+    assert f"--run-name {full.folder.name}" in message
+    assert (full.folder / "metrics.jsonl").read_text() == before
 
 
-def test_cuda_is_refused_where_there_is_none(tiny_args, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as end:
-        main(replace(tiny_args, device="cuda"))
-    assert end.value.code == 2 and "--device cuda" in capsys.readouterr().err
-    assert ppo_rlhf.resolve_args(replace(tiny_args, device="auto")).device == "cpu"
-
-
-def test_defaults_follow_from_model_and_reward(tiny_args):
-    given = ppo_rlhf.resolve_args(replace(tiny_args, learning_rate=None, reward_fn="f.py:f"))
-    scratch = ppo_rlhf.resolve_args(Args())
-    assert (given.learning_rate, given.score_norm) == (3e-6, "none")
-    assert (scratch.learning_rate, scratch.score_norm) == (1e-4, "sft")
-    assert scratch.critic_learning_rate == 10 * scratch.learning_rate
-
-
-# Comparisons, reward models with their tokenizers, samples ----------------------------------------
-
-
-def test_the_annotator_prefers_the_response_with_more_gold(monkeypatch):
-    monkeypatch.setattr(ppo_rlhf, "gold_rewards", lambda texts, ended:
-                        [5.0 * len(y.split()) for _, y in texts])  # 5 more: 20,000 to 1
-    comparisons = compare_own_samples(Policy(make_lm(), 0, [1]), [[4], [5], [6]] * 20,
-                                      make_tokenizer(), Args(response_len=6))
-    more = [sum(t != 1 for t in x) - sum(t != 1 for t in y) for _, x, y in comparisons]
-    assert min(more) == 0 < max(more)
-
-
-def test_the_reward_model_is_judged_on_samples_to_held_out_prompts(monkeypatch):
-    asked, data = [], Data([[4]], [], [], [[5]], [], [])
-    monkeypatch.setattr(ppo_rlhf, "compare_own_samples", lambda _, x, *y: asked.append(x) or x)
-    monkeypatch.delattr(ppo_rlhf, "new_reward_model")
-    with pytest.raises(NameError):  # what comes next
-        ppo_rlhf.train_reward_model(None, data, None, Args(), None)
-    assert asked == [[[4]] * 6000, [[5]] * 500]
-
-
-def test_a_tokenizer_that_writes_eos_by_itself_gets_no_second_one():
-    def writes_eos(texts):
-        return {"input_ids": [[5, 9] for _ in texts]}
-
-    writes_eos.eos_token_id = 9
-    assert ppo_rlhf.retokenise([[4, 1]], tokenizer=make_tokenizer(), eos_ids=[1],
-                               reward_tokenizer=writes_eos) == [[5, 9]]
-
-
-def test_the_same_words_with_other_ids_are_other_tokens(tiny_args, tmp_path):
-    model, other = make_reward_model(), moved_tokenizer()
-    path = save(tmp_path / "reward", model, other)
-    args = ppo_rlhf.resolve_args(replace(tiny_args, reward_model=path))
-    data = Data([], [([4], [5, 1])] * 2, [], [], [], [])
-    score, _, same_tokens = ppo_rlhf.load_given_reward(
-        args, Policy(make_lm(), 0, [1]), make_tokenizer(), data)
-    expected = ppo_rlhf.model_scores(model, [[*other("the plot")["input_ids"], 1]])
-    assert not same_tokens and torch.allclose(score([[4]], [[5, 1]]), expected, atol=1e-5)
-
-
-def test_the_total_of_a_sample_is_its_score_minus_the_weighted_kl(tiny_args, reward_file):
-    run(tiny_args, reward_fn=f"{reward_file}:count_good", missing_eos_penalty=0.0, kl_coef=0.5,
-        total_episodes=32)
-    lines = (Path(tiny_args.output_dir) / "run" / "samples.jsonl").read_text().splitlines()
-    samples = [json.loads(line) for line in lines]
-    for x in samples:
-        assert x["total"] == pytest.approx(x["score"] - 0.5 * x["kl"], abs=1e-4)
-    assert max(abs(x["kl"]) for x in samples) > 0.01
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_is_refused_where_there_is_none(args, capsys):
+    assert "--device cuda" in refusal(replace(args, device="cuda"), capsys)
+    assert resolve_args(replace(args, device="auto")).device == "cpu"

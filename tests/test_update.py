@@ -1,326 +1,634 @@
 """Claim: the update does what its flags say, on every token once per epoch, and on nothing else.
 
-Reference: the gradient of one whole minibatch; recorded rows, minibatches and optimizer steps.
+Reference: the gradient of one whole minibatch; losses, steps and ratios worked out by hand.
 Run: python -m pytest tests/test_update.py (10 seconds)
 """
 
 import copy
+import functools
+import itertools
+import math
 import random
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_lm, make_reward_model
+from conftest import make_lm, make_policy, make_reward_model, make_tokenizer
 
-import ppo_rlhf
 from ppo_rlhf import (
-    ActorCritic,
-    Args,
-    Data,
-    Policy,
-    ScoreNorm,
-    accumulate_gradients,
-    accuracy,
-    backward_minibatch,
+    RewardModel,
+    Rollout,
+    Score,
     collect_rollout,
     compute_advantages,
-    compute_rewards,
-    count_response_tokens,
     fit,
-    gae,
+    held_out_mean,
     kl_penalty,
-    lr_scale,
-    make_actor_critic,
-    make_optimizer,
+    load_policy,
     masked_mean,
-    measure_score_norm,
-    perplexity,
-    reward_loss_sum,
+    ppo_loss,
+    reward_loss,
     set_learning_rates,
-    sft_loss_sum,
+    sft_loss,
     shuffled_minibatches,
+    train_step,
     update_policy,
 )
 
-PROMPTS = [[4], [5, 6, 7], [8, 9], [10]] * 2
-EXAMPLES = [([4, 5], [6, 1]), ([7], [8, 9, 10, 11, 1]), ([5], [1]), ([9, 9, 9], [4, 5, 6])]
-ARGS = Args(response_len=6, batch_size=8, minibatch_size=4, microbatch_size=4, learning_rate=1e-2,
-            critic_learning_rate=1e-2, update_epochs=2)
+PROMPTS = ["the", "plot was dull", "good bad", "a"] * 2
+DEMONSTRATIONS = [
+    {"prompt": "the plot", "chosen": "was", "rejected": "bad"},
+    {"prompt": "dull", "chosen": "good bad a b", "rejected": "the"},
+    {"prompt": "plot", "chosen": "", "rejected": "c"},
+    {"prompt": "bad bad", "chosen": "the plot was dull good bad a", "rejected": "d"},
+]
+UPDATE = {"response_len": 6, "batch_size": 8, "minibatch_size": 8, "microbatch_size": 8,
+          "update_epochs": 1, "max_grad_norm": 1e9}
 
 
-def setting(args=ARGS, family="Llama"):
-    """An actor-critic and a rollout of 8 ragged rows with random scores."""
-    actor_critic = ActorCritic(Policy(make_lm(family), 0, [1]))
-    reference = copy.deepcopy(actor_critic.policy).requires_grad_(False)
-    rollout = collect_rollout(actor_critic, reference, PROMPTS, args, seed=3)
+class Recorder(torch.optim.SGD):
+    """An optimizer that records each gradient as one vector, and moves nothing."""
+
+    def __init__(self, model):
+        super().__init__(model.parameters(), lr=0.0)
+        self.gradients = []
+
+    def step(self):
+        parameters = [x for group in self.param_groups for x in group["params"]]
+        self.gradients.append(torch.cat([
+            torch.zeros_like(x).flatten() if x.grad is None else x.grad.flatten().clone()
+            for x in parameters]))
+
+
+def without_dropout(**settings):
+    """A policy as load_policy makes it: make_lm turns dropout on, a run turns it off."""
+    return make_policy(make_lm(attention_dropout=0.0), **settings)
+
+
+def setting(**changes):
+    """A policy with its critic and a rollout of 8 ragged rows with random scores."""
+    policy = without_dropout(**(UPDATE | changes))
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    policy.add_critic(Score(None))
+    rollout = collect_rollout(policy, reference, PROMPTS, 3, policy.args)
     torch.manual_seed(0)
     rollout.scores = torch.randn(8)
-    rollout.rewards = compute_rewards(rollout, ScoreNorm(), args.kl_coef, args)
-    rollout.advantages, rollout.returns = compute_advantages(rollout, args)
-    return actor_critic, rollout
+    compute_advantages(rollout, 0.05, policy.args)
+    return policy, rollout
 
 
-def moved_setting():
+def moved_setting(**changes):
     """The same in the middle of an update: new and old differ, and some tokens are clipped."""
-    actor_critic, rollout = setting()
-    for name in ("old_logprobs", "old_values"):
+    policy, rollout = setting(**changes)
+    for name in ("old_logprobs", "old_values", "ref_logprobs"):
         noise = 0.3 * torch.randn(rollout.response_mask.shape)
         setattr(rollout, name, getattr(rollout, name) + noise * rollout.response_mask)
-    return actor_critic, rollout
+    return policy, rollout
 
 
-def gradient(model):
-    """All gradients in one vector."""
-    return torch.cat([x.grad.flatten() for x in model.parameters() if x.grad is not None])
+def ppo_part(policy, rollout, kl_coef=0.05):
+    """The part of a train_step that trains on a rollout."""
+    return functools.partial(ppo_loss, kl_coef=kl_coef, args=policy.args), rollout, 1.0
 
 
-def minibatch_gradient(args):
-    """Gradient of the PPO loss of all 8 rows."""
-    actor_critic, rollout = moved_setting()
-    rollout.ref_logprobs = rollout.ref_logprobs - 0.1 * rollout.response_mask
-    backward_minibatch(actor_critic, rollout, 0.05, args)
-    return gradient(actor_critic)
+def step(model, *parts, **changes):
+    """One train_step on parts (loss, rows, coef). Returns: its statistics and its gradient."""
+    optimizer = Recorder(model)
+    stats = train_step(model, optimizer, parts, "test", replace(model.args, **changes))
+    return stats, optimizer.gradients[0]
 
 
-def run_update(args, rng=0):
-    """One update_policy. Returns: its statistics and the policy's parameters after it."""
-    actor_critic, rollout = setting(args)
-    optimizer = make_optimizer(actor_critic, args)
-    stats = update_policy(actor_critic, optimizer, rollout, 0.05, args, rng, None, [])
-    return stats, torch.cat([x.detach().flatten() for x in actor_critic.parameters()])
+def update(policy, optimizer, rollout, demonstrations=(), iteration=1, **changes):
+    """One update_policy, with kl_coef 0.05. Returns: its statistics."""
+    args = replace(policy.args, **changes)
+    return update_policy(policy, optimizer, rollout, 0.05, demonstrations, iteration, args)
 
 
-# Gradients ---------------------------------------------------------------------------------------
+def gradients(policy, rollout, demonstrations=(), **changes):
+    """The gradients of the steps of one update, none of which moves the weights."""
+    optimizer = Recorder(policy)
+    update(policy, optimizer, rollout, demonstrations, **changes)
+    return optimizer.gradients
 
 
-@pytest.mark.parametrize("microbatch_size", [1, 2, 3])
-@pytest.mark.parametrize("kl_in", ["reward", "loss"])
-def test_microbatches_of_ragged_rows_add_up_to_the_minibatch(microbatch_size, kl_in):
-    whole = replace(ARGS, microbatch_size=8, kl_in=kl_in, kl_estimator="k2", ent_coef=0.1)
-    parts = replace(whole, microbatch_size=microbatch_size)
-    assert torch.allclose(minibatch_gradient(parts), minibatch_gradient(whole), atol=1e-6)
+def weights(model):
+    """All weights in one vector."""
+    return torch.cat([x.detach().flatten().clone() for x in model.parameters()])
 
 
-def test_the_mean_of_the_parts_means_would_be_another_gradient():
-    # The tempting version: average equally, whatever number of tokens a part has.
-    actor_critic, rollout = setting()
-    backward_minibatch(actor_critic, rollout, 0.05, replace(ARGS, microbatch_size=8))
-    right = gradient(actor_critic)
-    actor_critic.zero_grad()
-    for i in range(8):
-        backward_minibatch(actor_critic, rollout.select([i]), 0.05, ARGS)
-    assert not torch.allclose(gradient(actor_critic) / 8, right, atol=1e-3)
+def judge():
+    """A reward model with the policy's tokens, trainable and without dropout."""
+    policy = without_dropout(**UPDATE)
+    return RewardModel(make_reward_model(seed=5, attention_dropout=0.0), policy.tokenizer,
+                       policy.args)
+
+
+# One step: gradients of the three losses ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("settings", [
+    {}, {"kl_in": "loss", "kl_estimator": "k2", "ent_coef": 0.1, "temperature": 0.7}])
+def test_ppo_gradient_and_statistics_do_not_depend_on_microbatches(size, settings):
+    policy, rollout = moved_setting(**settings)
+    part = ppo_part(policy, rollout)
+    whole_stats, whole = step(policy, part)
+    stats, parts = step(policy, part, microbatch_size=size)
+    assert torch.allclose(parts, whole, atol=1e-6) and whole.abs().max() > 1e-2
+    assert stats == pytest.approx(whole_stats, abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_sft_gradient_does_not_depend_on_microbatches(size):
+    policy = without_dropout(**UPDATE)
+    part = sft_loss, policy.collate(DEMONSTRATIONS), 1.0
+    (_, whole), (_, parts) = step(policy, part), step(policy, part, microbatch_size=size)
+    assert torch.allclose(parts, whole, atol=1e-6) and whole.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_reward_gradient_does_not_depend_on_microbatches(size):
+    model = judge()
+    part = reward_loss, DEMONSTRATIONS, 1.0
+    (_, whole), (_, parts) = step(model, part), step(model, part, microbatch_size=size)
+    assert torch.allclose(parts, whole, atol=1e-6) and whole.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_two_parts_with_other_numbers_of_terms_do_not_depend_on_microbatches(size):
+    policy, rollout = moved_setting()
+    parts = ppo_part(policy, rollout), (sft_loss, policy.collate(DEMONSTRATIONS[:3]), 3.0)
+    (_, whole), (_, small) = step(policy, *parts), step(policy, *parts, microbatch_size=size)
+    assert torch.allclose(small, whole, atol=1e-6)
+
+
+def test_the_mean_of_the_microbatches_means_would_be_another_gradient():
+    # The tempting version: average equally, whatever number of tokens a row has.
+    policy, rollout = moved_setting()
+    _, right = step(policy, ppo_part(policy, rollout))
+    of_rows = [step(policy, ppo_part(policy, rollout[[i]]))[1] for i in range(8)]
+    assert not torch.allclose(sum(of_rows) / 8, right, atol=1e-3)
+
+
+def test_the_gradient_of_two_parts_is_the_sum_of_coef_times_gradient():
+    policy, rollout = moved_setting()
+    ppo, demonstrations = ppo_part(policy, rollout), policy.collate(DEMONSTRATIONS)
+    (_, first), (_, second) = step(policy, ppo), step(policy, (sft_loss, demonstrations, 1.0))
+    _, both = step(policy, ppo, (sft_loss, demonstrations, 3.0))
+    assert torch.allclose(both, first + 3 * second, atol=1e-5)
 
 
 def test_the_order_of_the_rows_changes_nothing():
-    actor_critic, rollout = moved_setting()
-    forward = backward_minibatch(actor_critic, rollout, 0.05, ARGS)
-    assert forward["clipfrac"] > 0 and forward["vf_clipfrac"] > 0  # or it would show little
-    backward = backward_minibatch(actor_critic, rollout.select(range(7, -1, -1)), 0.05, ARGS)
+    policy, rollout = moved_setting()
+    forward, _ = step(policy, ppo_part(policy, rollout))
+    assert forward["clipfrac"] > 0 and forward["vf_clipfrac"] > 0  # else it would show little
+    backward, _ = step(policy, ppo_part(policy, rollout[list(range(7, -1, -1))]))
     assert forward == pytest.approx(backward, abs=1e-5)
 
 
 def test_the_critic_is_trained_on_the_returns():
-    actor_critic, rollout = setting()
-    stats = backward_minibatch(actor_critic, rollout, 0.05, replace(ARGS, microbatch_size=8))
+    policy, rollout = setting()
+    stats, _ = step(policy, ppo_part(policy, rollout))
     errors = (rollout.old_values - rollout.returns)[rollout.response_mask]
     assert stats["value_loss"] == pytest.approx(0.5 * (errors**2).mean().item(), rel=1e-4)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_four_terms():
+    policy, rollout = moved_setting(kl_in="loss", kl_estimator="k2", ent_coef=0.1, vf_coef=0.5)
+    stats, _ = step(policy, ppo_part(policy, rollout, kl_coef=0.3))
+    mask = rollout.response_mask
+    logprobs, _, _ = policy(rollout.sequence_ids, rollout.sequence_mask, mask.shape[1], 1.0)
+    kl = masked_mean(kl_penalty(logprobs, rollout.ref_logprobs, "k2"), mask).item()
+    expected = (stats["policy_loss"] + 0.5 * stats["value_loss"] - 0.1 * stats["entropy"]
+                + 0.3 * kl)
+    assert stats["loss"] == pytest.approx(expected, abs=1e-5) and 0.3 * kl > 1e-3
 
 
 def test_the_padding_of_a_rollout_reaches_neither_loss_nor_statistics():
     results = []
     for junk in (0.0, 1e4, float("nan")):
-        actor_critic, rollout = moved_setting()
+        policy, rollout = moved_setting()
         for name in ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns"):
             clean = getattr(rollout, name)
             setattr(rollout, name, torch.where(rollout.response_mask, clean, junk))
-        stats = backward_minibatch(actor_critic, rollout, 0.05, ARGS)
-        results.append((stats, gradient(actor_critic)))
+        results.append(step(policy, ppo_part(policy, rollout)))
+    assert not rollout.response_mask.all()
     assert results[0][0] == results[1][0] == results[2][0]
     assert torch.equal(results[0][1], results[2][1])
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_sft_and_reward_losses_do_not_depend_on_microbatches(size):
-    policy, reward_model = Policy(make_lm(), 0, [1]), make_reward_model()
-    comparisons = [(p, r, [4, 4]) for p, r in EXAMPLES]
-    for model, loss_sum, examples, terms in (
-        (policy, sft_loss_sum, EXAMPLES, count_response_tokens(EXAMPLES)),
-        (reward_model, reward_loss_sum, comparisons, 4),
-    ):
-        gradients = []
-        for microbatch_size in (4, size):
-            model.zero_grad()
-            accumulate_gradients(loss_sum, model, examples, terms, microbatch_size)
-            gradients.append(gradient(model))
-        assert torch.allclose(*gradients, atol=1e-6)
-
-
 def test_the_sft_loss_trains_the_response_with_its_eos_and_not_the_prompt():
-    policy = Policy(make_lm(), 0, [1])
-    logits = policy.lm(torch.tensor([[4, 5, 6, 1]])).logits[0].clone()
-    logits[:, 0] = -1e30
+    policy = without_dropout(**UPDATE)
+    logits = policy.lm(torch.tensor([[4, 5, 6, 1]])).logits[0].clone()  # the plot | was [EOS]
+    logits[:, 0] = -1e30  # PAD
     logprobs = logits.log_softmax(-1)
-    expected = -(logprobs[1, 6] + logprobs[2, 1])  # token 6 after 5, EOS after 6
-    assert torch.allclose(sft_loss_sum(policy, EXAMPLES[:1]), expected, atol=1e-5)
+    expected = -(logprobs[1, 6] + logprobs[2, 1]) / 2  # "was" after "plot", EOS after "was"
+    found = sft_loss(policy, policy.collate(DEMONSTRATIONS[:1]))
+    assert torch.allclose(found["loss"], expected, atol=1e-5)
+    assert found["sft_loss"] == found["loss"]
+
+
+def test_the_sft_loss_reads_demonstrations_at_temperature_1():
+    cold, warm = without_dropout(**UPDATE, temperature=0.1), without_dropout(**UPDATE)
+    rows = warm.collate(DEMONSTRATIONS)
+    assert torch.equal(sft_loss(cold, rows)["loss"], sft_loss(warm, rows)["loss"])
 
 
 def test_the_reward_loss_is_bradley_terry():
-    reward_model = make_reward_model()
-    good, bad = (ppo_rlhf.model_scores(reward_model, [[4, 5, x]])[0] for x in (6, 7))
-    loss = reward_loss_sum(reward_model, [([4], [5, 6], [5, 7])])
-    assert torch.allclose(loss, -torch.log(torch.sigmoid(good - bad)), atol=1e-5)
-
-
-def test_ptx_adds_the_gradient_of_the_sft_loss_times_its_coefficient(monkeypatch):
-    actor_critic, rollout = setting()
-    monkeypatch.setattr(ppo_rlhf, "backward_minibatch", lambda *x: {"approx_kl": 0.0,
-                                                                    "ratio_first": 1.0})
-    args = replace(ARGS, ptx_coef=3.0, update_epochs=1, minibatch_size=8, microbatch_size=3)
-    optimizer = torch.optim.SGD(actor_critic.parameters(), lr=0.0)
-    seen = []
-    monkeypatch.setattr(optimizer, "step", lambda: seen.append(gradient(actor_critic)))
-    update_policy(actor_critic, optimizer, rollout, 0.05, replace(args, max_grad_norm=1e9), 0,
-                  actor_critic.policy, EXAMPLES[:1])
-    actor_critic.zero_grad()
-    (sft_loss_sum(actor_critic.policy, EXAMPLES[:1]) / 2).backward()
-    assert torch.allclose(seen[0], 3.0 * gradient(actor_critic), atol=1e-5)
+    model = judge()
+    good, bad = (model.classifier(torch.tensor([[4, 5, x, 1]])).logits[0, 0] for x in (6, 9))
+    found = reward_loss(model, DEMONSTRATIONS[:1])  # "the plot": "was" before "bad"
+    assert torch.allclose(found["loss"], -torch.log(torch.sigmoid(good - bad)), atol=1e-5)
+    assert found["accuracy"] == float(good > bad)
 
 
 def test_the_kl_in_the_loss_pulls_the_new_policy_to_the_reference():
-    args = replace(ARGS, kl_in="loss", kl_estimator="k2", vf_coef=0.0, microbatch_size=8)
-    actor_critic, rollout = setting(args)
-    mask, policy = rollout.response_mask, actor_critic.policy
+    policy, rollout = setting(kl_in="loss", kl_estimator="k2", vf_coef=0.0)
+    mask = rollout.response_mask
     rollout.advantages = torch.zeros_like(rollout.advantages)  # nothing else to learn from
     rollout.ref_logprobs = rollout.ref_logprobs - 0.5 * mask
-    backward_minibatch(actor_critic, rollout, 0.3, args)
-    observed = gradient(policy)
-    policy.zero_grad()
-    logprobs, _, _ = policy(rollout.sequence_ids, rollout.sequence_mask, rollout.response_len)
-    (0.3 * masked_mean(kl_penalty(logprobs, rollout.ref_logprobs, "k2"), mask)).backward()
-    assert observed.abs().max() > 1e-3 and torch.allclose(observed, gradient(policy), atol=1e-6)
+    _, observed = step(policy, ppo_part(policy, rollout, kl_coef=0.3))
+
+    def kl_alone(policy, rows):
+        logprobs, _, _ = policy(rows.sequence_ids, rows.sequence_mask, mask.shape[1], 1.0)
+        return {"loss": 0.3 * masked_mean(kl_penalty(logprobs, rows.ref_logprobs, "k2"), mask)}
+
+    _, expected = step(policy, (kl_alone, rollout, 1.0))
+    assert observed.abs().max() > 1e-3 and torch.allclose(observed, expected, atol=1e-6)
 
 
-def test_ptx_draws_new_demonstrations_for_every_step_and_reads_them_at_temperature_1(monkeypatch):
-    actor_critic, rollout = setting()
-    seen, sft_policy = [], object()
-    monkeypatch.setattr(ppo_rlhf, "accumulate_gradients", lambda *x: seen.append(x) or 0.0)
-    update_policy(actor_critic, make_optimizer(actor_critic, ARGS), rollout, 0.05,
-                  replace(ARGS, ptx_coef=1.0), 0, sft_policy, EXAMPLES * 2)
-    assert all(x[1] is sft_policy and len(x[2]) == 4 for x in seen)
-    assert seen[0][2] != seen[1][2]
+def test_approx_kl_is_schulmans_k3_of_the_step_from_old_to_new():
+    policy, rollout = setting()
+    rollout.old_logprobs = rollout.old_logprobs - 1.0 * rollout.response_mask
+    stats, _ = step(policy, ppo_part(policy, rollout))
+    assert stats["approx_kl"] == pytest.approx(math.e - 2, abs=1e-5)  # exp(d) − 1 − d with d = 1
 
 
-# Steps -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("family", ["Llama", "GPT2"])
+def test_gradient_checkpointing_reads_each_layer_twice_and_changes_no_gradient(family, tmp_path):
+    results = []
+    make_lm(family).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    for checkpointing in (False, True):
+        args = without_dropout(**UPDATE, gradient_checkpointing=checkpointing).args
+        policy, calls = load_policy(str(tmp_path), args), []
+        layers = policy.lm.model.layers if family == "Llama" else policy.lm.transformer.h
+        layers[0].mlp.register_forward_pre_hook(lambda *x, calls=calls: calls.append(x))
+        _, found = step(policy, (sft_loss, policy.collate(DEMONSTRATIONS), 1.0))
+        results.append((found, len(calls)))
+    (plain, once), (checkpointed, twice) = results
+    assert (once, twice) == (1, 2) and torch.allclose(plain, checkpointed, atol=1e-6)
 
 
-def test_sft_and_reward_model_see_each_example_once_per_epoch_in_a_new_order():
-    batches = shuffled_minibatches(list(range(8)), 2, 4, random.Random(0))
-    first, second = batches[0] + batches[1], batches[2] + batches[3]
-    assert sorted(first) == sorted(second) == list(range(8)) and first != second
-
-
-def test_each_row_is_used_once_per_epoch_in_a_new_order(monkeypatch):
-    rows, select = [], ppo_rlhf.Rollout.select
-
-    def recording_select(rollout, idx):
-        if len(rollout.ended) == 8:  # the whole rollout: idx is a minibatch
-            rows.extend(idx)
-        return select(rollout, idx)
-
-    monkeypatch.setattr(ppo_rlhf.Rollout, "select", recording_select)
-    run_update(ARGS)
-    first, second = rows[:8], rows[8:]
-    assert sorted(first) == sorted(second) == list(range(8)) and first != second
-
-
-def test_there_are_epochs_times_minibatches_optimizer_steps(monkeypatch):
-    steps, step = [], torch.optim.Adam.step
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: steps.append(1) or step(self))
-    run_update(replace(ARGS, update_epochs=3))
-    assert len(steps) == 3 * 2
+# One step: clipping, checks -----------------------------------------------------------------------
 
 
 def test_a_step_of_sgd_is_as_long_as_the_clipped_gradient():
-    args = replace(ARGS, update_epochs=1, minibatch_size=8, microbatch_size=8, max_grad_norm=0.01)
-    actor_critic, rollout = setting(args)
-    before = torch.cat([x.detach().flatten() for x in actor_critic.parameters()])
-    optimizer = torch.optim.SGD(actor_critic.parameters(), lr=1.0)
-    stats = update_policy(actor_critic, optimizer, rollout, 0.05, args, 0, None, [])
-    after = torch.cat([x.detach().flatten() for x in actor_critic.parameters()])
-    assert stats["grad_norm"] > 0.02 and abs((after - before).norm().item() - 0.01) < 1e-4
+    policy, rollout = setting(max_grad_norm=0.01)
+    before = weights(policy)
+    stats = update(policy, torch.optim.SGD(policy.parameters(), lr=1.0), rollout)
+    assert stats["grad_norm"] > 0.02
+    assert abs((weights(policy) - before).norm().item() - 0.01) < 1e-4
 
 
-def test_the_entropy_bonus_raises_the_entropy():
-    args = replace(ARGS, ent_coef=1.0, vf_coef=0.0, update_epochs=1, minibatch_size=8,
-                   microbatch_size=8)
-    actor_critic, rollout = setting(args)
-    rollout.advantages = torch.zeros_like(rollout.advantages)  # nothing else to learn from
-    optimizer = make_optimizer(actor_critic, args)
-    update_policy(actor_critic, optimizer, rollout, 0.05, args, 0, None, [])
-    _, after, _ = actor_critic(rollout.sequence_ids, rollout.sequence_mask, rollout.response_len)
-    mask = rollout.response_mask
-    assert after[mask].mean() > rollout.entropies[mask].mean()
+def test_the_gradient_norm_in_the_log_is_that_before_clipping():
+    policy, rollout = moved_setting()
+    _, whole = step(policy, ppo_part(policy, rollout))
+    stats, clipped = step(policy, ppo_part(policy, rollout), max_grad_norm=0.01)
+    assert stats["grad_norm"] == pytest.approx(whole.norm().item(), rel=1e-4)
+    assert clipped.norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_each_step_of_the_update_begins_its_gradient_anew(monkeypatch):
-    (actor_critic, rollout), seen = setting(), []
-    args = replace(ARGS, minibatch_size=8, microbatch_size=8, max_grad_norm=1e9)
-    optimizer = torch.optim.SGD(actor_critic.parameters(), lr=0.0)
-    monkeypatch.setattr(optimizer, "step", lambda: seen.append(gradient(actor_critic)))
-    update_policy(actor_critic, optimizer, rollout, 0.05, args, 0, None, [])
-    assert torch.allclose(seen[0], seen[1], atol=1e-5)  # two epochs, no movement
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_update_before_it_reaches_the_weights(junk):
+    policy, rollout = setting()
+    rollout.returns[0, 0] = junk
+    before = weights(policy)
+    with pytest.raises(FloatingPointError, match=r"^ppo iteration 7 step 1: \w*loss is (nan|inf)"):
+        update(policy, torch.optim.Adam(policy.parameters()), rollout, iteration=7)
+    assert torch.equal(weights(policy), before)
 
 
-def test_targets_stay_the_same_over_the_epochs(monkeypatch):
-    seen, original = [], ppo_rlhf.backward_minibatch
-
-    def recording(actor_critic, minibatch, *others):
-        seen.append(minibatch.select(minibatch.scores.argsort().tolist()))  # in a fixed order
-        return original(actor_critic, minibatch, *others)
-
-    monkeypatch.setattr(ppo_rlhf, "backward_minibatch", recording)
-    run_update(replace(ARGS, minibatch_size=8, microbatch_size=8, update_epochs=2))
-    for name in ("old_logprobs", "old_values", "advantages", "returns"):
-        assert torch.equal(getattr(seen[0], name), getattr(seen[1], name))
+def test_a_gradient_that_is_not_finite_stops_the_step_although_the_loss_is():
+    model = WithOneWeight()  # at 0, where the root is 0 and its slope infinite
+    args = without_dropout(**UPDATE).args
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(FloatingPointError, match=r"^here: grad_norm is inf"):
+        train_step(model, optimizer, [(lambda model, rows: {"loss": model.weight.sqrt().sum()},
+                                       [1.0], 1.0)], "here", args)
+    assert model.weight.item() == 0
 
 
-def test_target_kl_ends_the_epochs():
-    _, one_epoch = run_update(replace(ARGS, update_epochs=1))
-    _, stopped = run_update(replace(ARGS, update_epochs=4, target_kl=1e-9))
-    _, four_epochs = run_update(replace(ARGS, update_epochs=4))
-    assert torch.equal(one_epoch, stopped) and not torch.equal(stopped, four_epochs)
+# An update: steps and epochs ----------------------------------------------------------------------
 
 
-def test_target_kl_is_a_limit_on_the_kl_itself(monkeypatch):
-    (actor_critic, rollout), calls = setting(), []
-    monkeypatch.setattr(ppo_rlhf, "backward_minibatch", lambda *x: calls.append(1) or
-                        {"approx_kl": 1.2, "ratio_first": 1.0})
-    update_policy(actor_critic, make_optimizer(actor_critic, ARGS), rollout, 0.05,
-                  replace(ARGS, target_kl=1.0), 0, None, [])
-    assert len(calls) == 2  # the minibatches of one epoch
+class Observed(Rollout):
+    """A rollout that writes down which of its rows are asked for."""
+
+    asked = ()
+
+    def __getitem__(self, idx):
+        Observed.asked += (idx,)
+        return super().__getitem__(idx)
+
+
+def test_each_row_is_used_once_per_epoch_in_a_new_order():
+    Observed.asked = ()
+    policy, rollout = setting(minibatch_size=4, microbatch_size=2, update_epochs=2)
+    gradients(policy, Observed(**vars(rollout)))
+    a, b, c, d = Observed.asked  # two minibatches in each of two epochs
+    first, second = a + b, c + d
+    assert sorted(first) == sorted(second) == list(range(8)) and first != second
+
+
+def test_another_iteration_has_another_order_and_the_same_one_the_same():
+    policy, rollout = moved_setting(minibatch_size=4)
+    first, again, other = (gradients(policy, rollout), gradients(policy, rollout),
+                           gradients(policy, rollout, iteration=2))
+    assert torch.equal(first[0], again[0]) and not torch.equal(first[0], other[0])
+
+
+def test_shuffled_minibatches_take_each_row_once_and_the_last_may_be_smaller():
+    rng = random.Random(0)
+    first, second = shuffled_minibatches(5, 2, rng), shuffled_minibatches(5, 2, rng)
+    assert [len(idx) for idx in first] == [2, 2, 1] and first != second
+    assert sorted(itertools.chain(*first)) == sorted(itertools.chain(*second)) == [0, 1, 2, 3, 4]
+
+
+def test_there_are_epochs_times_minibatches_optimizer_steps():
+    policy, rollout = setting(update_epochs=3, minibatch_size=4)
+    assert len(gradients(policy, rollout)) == 3 * 2
+
+
+def test_each_step_of_the_update_begins_its_gradient_anew():
+    policy, rollout = moved_setting(update_epochs=2)
+    first, second = gradients(policy, rollout)
+    assert torch.allclose(first, second, atol=1e-5)  # two epochs, no movement
+
+
+def test_targets_stay_the_same_over_the_epochs():
+    policy, rollout = setting(update_epochs=2, minibatch_size=4)
+    before = copy.deepcopy(rollout)
+    update(policy, torch.optim.Adam(policy.parameters(), lr=1e-2), rollout)
+    assert all(torch.equal(x, y) for x, y in
+               zip(vars(rollout).values(), vars(before).values(), strict=True))
+
+
+@pytest.mark.parametrize(("target_kl", "epochs"), [(0.71, 1), (0.73, 3), (None, 3)])
+def test_target_kl_ends_the_update_after_an_epoch_whose_approx_kl_is_above_it(target_kl, epochs):
+    policy, rollout = setting(update_epochs=3, minibatch_size=4, target_kl=target_kl)
+    rollout.old_logprobs = rollout.old_logprobs - 1.0 * rollout.response_mask
+    assert len(gradients(policy, rollout)) == epochs * 2  # approx_kl is e − 2 = 0.718
+
+
+def test_ratio_first_is_the_ratio_farthest_from_1_and_ratio_max_the_largest():
+    policy, rollout = setting()
+    rollout.old_logprobs[0, 0] -= math.log(3)  # ratio 3
+    rollout.old_logprobs[1, 0] += math.log(4)  # ratio 1/4, which is as far from 1 as 4
+    stats = update(policy, Recorder(policy), rollout)
+    assert stats["ratio_max"] == pytest.approx(3, abs=1e-4)
+    assert stats["ratio_first"] == pytest.approx(4, abs=1e-4)
+
+
+def test_ratio_first_is_that_of_the_first_step_alone():
+    policy, rollout = setting(update_epochs=3)
+    stats = update(policy, torch.optim.Adam(policy.parameters(), lr=1e-2), rollout)
+    assert abs(stats["ratio_first"] - 1) < 1e-5 and stats["ratio_max"] > 1.01
 
 
 def test_a_good_response_becomes_likelier_and_a_bad_one_less_likely():
-    args = replace(ARGS, update_epochs=1, minibatch_size=8, microbatch_size=8)
-    actor_critic, rollout = setting(args)
-    optimizer = make_optimizer(actor_critic, args)
-    update_policy(actor_critic, optimizer, rollout, 0.0, args, 0, None, [])
-    new_logprobs, _, _ = actor_critic(rollout.sequence_ids, rollout.sequence_mask,
-                                      rollout.response_len)
-    moved = (new_logprobs - rollout.old_logprobs) * rollout.advantages
-    assert moved[rollout.response_mask].sum() > 0
+    policy, rollout = setting()
+    update(policy, torch.optim.Adam(policy.parameters(), lr=1e-2), rollout)
+    mask = rollout.response_mask
+    new, _, _ = policy(rollout.sequence_ids, rollout.sequence_mask, mask.shape[1], 1.0)
+    moved = (new - rollout.old_logprobs) * rollout.advantages
+    assert moved[mask].sum() > 0
 
 
-def test_the_critic_learns_at_its_own_rate():
-    actor_critic, rollout = setting()
-    args = replace(ARGS, critic_learning_rate=1e-9)
-    before = actor_critic.policy.lm.lm_head.weight.clone()
-    update_policy(actor_critic, make_optimizer(actor_critic, args), rollout, 0.05, args, 0,
-                  None, [])
-    assert actor_critic.value_head.weight.abs().max() < 1e-6
-    assert (actor_critic.policy.lm.lm_head.weight - before).abs().max() > 1e-3
+def test_the_entropy_bonus_raises_the_entropy():
+    policy, rollout = setting(ent_coef=1.0, vf_coef=0.0)
+    rollout.advantages = torch.zeros_like(rollout.advantages)  # nothing else to learn from
+    update(policy, torch.optim.Adam(policy.parameters(), lr=1e-2), rollout)
+    mask = rollout.response_mask
+    _, after, _ = policy(rollout.sequence_ids, rollout.sequence_mask, mask.shape[1], 1.0)
+    assert after[mask].mean() > rollout.entropies[mask].mean()
+
+
+def test_ptx_adds_the_gradient_of_the_sft_loss_times_its_coefficient():
+    policy, rollout = setting(microbatch_size=3)
+    alone, = gradients(policy, rollout)
+    mixed, = gradients(policy, rollout, DEMONSTRATIONS[:1], ptx_coef=3.0)
+    _, of_sft = step(policy, (sft_loss, policy.collate(DEMONSTRATIONS[:1]), 1.0))
+    assert torch.allclose(mixed - alone, 3 * of_sft, atol=1e-5)
+
+
+def test_the_ptx_loss_of_the_log_is_the_sft_loss_without_its_coefficient():
+    policy, rollout = setting(microbatch_size=3)
+    stats = update(policy, Recorder(policy), rollout, DEMONSTRATIONS[:1], ptx_coef=3.0)
+    expected = sft_loss(policy, policy.collate(DEMONSTRATIONS[:1]))["loss"].item()
+    assert stats["ptx_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+class Drawn(list):
+    """A list that counts how often an item is taken."""
+
+    count = 0
+
+    def __getitem__(self, idx):
+        self.count += 1
+        return super().__getitem__(idx)
+
+
+def test_ptx_draws_as_many_demonstrations_as_responses_for_every_step():
+    policy, rollout = setting(minibatch_size=4, update_epochs=2, ptx_coef=1.0)
+    demonstrations = Drawn(DEMONSTRATIONS)
+    assert len(gradients(policy, rollout, demonstrations)) == 4 and demonstrations.count == 4 * 4
+
+
+def test_ptx_draws_new_demonstrations_for_every_step():
+    policy, rollout = setting(update_epochs=2)  # both steps see the same responses
+    first, second = gradients(policy, rollout, DEMONSTRATIONS, ptx_coef=1.0)
+    assert not torch.allclose(first, second, atol=1e-3)
+
+
+# Stages 1 and 2 -----------------------------------------------------------------------------------
+
+
+class WithOneWeight(torch.nn.Module):
+    """A model that is one number, at first 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def collate(self, rows):
+        return rows
+
+
+def fit_slopes(slopes, epochs=1, peak=0.4, **changes):
+    """fit on the loss slope · weight. Returns: the slopes in the order used, and each weight."""
+    model, used, path, logged = WithOneWeight(), [], [], []
+
+    def loss(model, rows):
+        used.extend(rows)
+        path.append(model.weight.item())
+        return {"loss": (model.weight * sum(rows) / len(rows)).sum()}
+
+    settings = {"minibatch_size": 1, "max_grad_norm": 2.0} | changes
+    log = SimpleNamespace(args=without_dropout(**settings).args,
+                          scalars=lambda values, step: logged.append((step, values)))
+    fit("test", model, loss, slopes, epochs, peak, log)
+    return used, [*path, model.weight.item()], logged
+
+
+def test_fit_takes_steps_of_adam_on_clipped_gradients_at_rates_that_fall_to_0():
+    used, path, _ = fit_slopes([1.0, 5.0, 1.5, 1.0])
+    weight = torch.zeros(1, requires_grad=True)
+    adam = torch.optim.Adam([weight], eps=1e-5)
+    for slope, rate, after in zip(used, [0.4, 0.3, 0.2, 0.1], path[1:], strict=True):
+        adam.param_groups[0]["lr"] = rate
+        weight.grad = torch.tensor([min(slope, 2.0)])  # 5 is clipped to 2
+        adam.step()
+        assert after == pytest.approx(weight.item(), abs=1e-5)
+
+
+def test_fit_sees_each_row_once_per_epoch_in_a_new_order():
+    rows = [float(i) for i in range(1, 9)]
+    used, _, _ = fit_slopes(rows, epochs=2, minibatch_size=4, microbatch_size=2)
+    assert sorted(used[:8]) == sorted(used[8:]) == rows and used[:8] != used[8:]
+
+
+def test_fit_takes_a_step_per_epoch_on_fewer_rows_than_a_minibatch():
+    used, path, _ = fit_slopes([1.0, 2.0], epochs=3, minibatch_size=32)
+    assert len(used) == 6 and path[-1] < path[0] == 0
+
+
+def test_fit_logs_each_step_under_the_name_of_its_stage():
+    used, _, logged = fit_slopes([3.0, 1.0])
+    assert [number for number, _ in logged] == [1, 2]
+    assert [values["test/grad_norm"] for _, values in logged] == pytest.approx(used)
+    assert logged[0][1]["test/loss"] == 0  # slope · 0
+
+
+@pytest.mark.parametrize(("adam_eps", "share"), [(1e-5, 1 / 11), (1e-6, 1 / 2), (1e-12, 1)])
+def test_the_first_step_of_adam_is_the_rate_times_gradient_over_gradient_plus_eps(adam_eps, share):
+    _, path, _ = fit_slopes([1e-6], peak=0.4, adam_eps=adam_eps)
+    assert path[-1] == pytest.approx(-0.4 * share, rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_names_stage_and_step():
+    with pytest.raises(FloatingPointError, match=r"^test step 1: loss is nan"):
+        fit_slopes([float("nan")])
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_a_held_out_mean_is_taken_over_tokens_whatever_the_microbatch(size):
+    policy = without_dropout(**UPDATE | {"microbatch_size": size})
+    logprobs, _, _ = policy(*policy_inputs(policy))
+    mask = policy.collate(DEMONSTRATIONS).response_mask
+    expected = -logprobs[mask].mean().item()
+    found = held_out_mean(policy, sft_loss, "loss", DEMONSTRATIONS, policy.args)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def policy_inputs(policy):
+    """The demonstrations, as the arguments of a forward pass."""
+    rows = policy.collate(DEMONSTRATIONS)
+    return rows.sequence_ids, rows.sequence_mask, rows.response_mask.shape[1], 1.0
+
+
+def test_the_held_out_accuracy_is_the_share_of_comparisons_that_are_right():
+    model, args = WithOneWeight(), without_dropout(microbatch_size=3).args
+
+    def right(model, rows):
+        return {"accuracy": torch.tensor(sum(x > 0 for x in rows) / len(rows))}
+
+    assert held_out_mean(model, right, "accuracy", [1.0, -1.0, 2.0, 3.0], args) == (
+        pytest.approx(0.75))
+
+
+# Learning rates -----------------------------------------------------------------------------------
+
+
+def rates(num_steps, *peaks, **schedule):
+    """The learning rates of steps 1 to num_steps, one list for each peak."""
+    groups = [{"params": [torch.zeros(1, requires_grad=True)], "peak": peak} for peak in peaks]
+    optimizer, found = torch.optim.SGD(groups, lr=0.0), []
+    for number in range(1, num_steps + 1):
+        set_learning_rates(optimizer, number, num_steps, **schedule)
+        found.append([group["lr"] for group in optimizer.param_groups])
+    return [list(x) for x in zip(*found, strict=True)]
+
+
+def test_the_learning_rate_falls_linearly_to_zero():
+    assert rates(4, 1.0) == [[1, 0.75, 0.5, 0.25]]
+
+
+def test_the_learning_rate_warms_up_linearly():
+    assert rates(4, 1.0, warmup=2, anneal=False) == [[0.5, 1, 1, 1]]
+    assert rates(4, 1.0, warmup=2) == [[0.5, 0.75, 0.5, 0.25]]
+
+
+def test_policy_and_critic_follow_one_schedule_from_their_own_peaks():
+    policy, critic = rates(4, 1e-2, 1e-1)
+    assert policy == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
+    assert critic == pytest.approx([1e-1, 7.5e-2, 5e-2, 2.5e-2])
+
+
+# Critics ------------------------------------------------------------------------------------------
+
+
+def test_a_shared_critic_starts_at_zero_and_has_no_trunk():
+    policy, rollout = setting()
+    assert (rollout.old_values == 0).all() and policy.trunk is None
+
+
+def values_of(policy, text):
+    """The value of the first response token behind a prompt."""
+    rows = policy.encode([text], ["was"])
+    _, _, values = policy(rows.sequence_ids, rows.sequence_mask, 2, 1.0)
+    return values[0, 0]
+
+
+def test_a_separate_critic_starts_from_the_normalised_score_of_the_prompt():
+    policy, model = without_dropout(**UPDATE, critic="separate"), judge()
+    policy.add_critic(Score(model, offset=2.0, scale=3.0))
+    score_of_the_prompt = model.classifier(torch.tensor([[4, 5]])).logits[0, 0]
+    assert torch.allclose(values_of(policy, "the plot"), (score_of_the_prompt - 2) / 3, atol=1e-5)
+
+
+def test_a_separate_critic_starts_at_zero_where_the_reward_model_reads_other_tokens():
+    policy, model = without_dropout(**UPDATE, critic="separate"), judge()
+    model.tokenizer = make_tokenizer(eos_token="[STOP]")  # a token that has another id here
+    policy.tokenizer = make_tokenizer(additional_special_tokens=["[NEW]"])
+    policy.add_critic(Score(model))
+    assert values_of(policy, "the plot") == 0
+    for mine, its in zip(policy.trunk.parameters(), policy.lm.model.parameters(), strict=True):
+        assert torch.equal(mine, its)
+
+
+def test_a_separate_critic_leaves_the_policys_gradient_alone():
+    found = []
+    for vf_coef in (0.0, 10.0):
+        policy = without_dropout(**UPDATE, critic="separate", vf_coef=vf_coef)
+        policy.add_critic(Score(None))
+        torch.nn.init.ones_(policy.value_head.weight)  # 0 would pass no gradient on
+        _, whole = step(policy, ppo_part(policy, setting()[1]))
+        found.append(whole[: sum(x.numel() for x in policy.lm.parameters())])
+    assert torch.equal(*found) and found[0].abs().max() > 1e-3
+
+
+def test_a_separate_critic_trains_a_trunk_of_its_own_and_not_the_reward_model():
+    policy, model = without_dropout(**UPDATE, critic="separate"), judge().requires_grad_(False)
+    policy.add_critic(Score(model))
+    frozen, trunk = weights(model), weights(policy.trunk)
+    rollout = setting()[1]
+    update(policy, torch.optim.Adam(policy.parameters(), lr=1e-2), rollout, update_epochs=2)
+    assert torch.equal(weights(model), frozen) and not torch.equal(weights(policy.trunk), trunk)
+
+
+# What surrounds the update ------------------------------------------------------------------------
 
 
 def test_nothing_stored_in_a_rollout_requires_grad():
@@ -328,109 +636,30 @@ def test_nothing_stored_in_a_rollout_requires_grad():
     assert not any(x.requires_grad for x in vars(rollout).values())
 
 
-def test_a_nan_stops_the_update_before_it_reaches_the_weights():
-    actor_critic, rollout = setting()
-    rollout.advantages[0, 0] = float("nan")
-    before = copy.deepcopy(actor_critic.state_dict())
-    with pytest.raises(FloatingPointError, match="step 1 of the update: policy_loss is nan"):
-        update_policy(actor_critic, make_optimizer(actor_critic, ARGS), rollout, 0.05,
-                      replace(ARGS, minibatch_size=8, microbatch_size=8), 0, None, [])
-    assert all(torch.equal(x, before[name]) for name, x in actor_critic.state_dict().items())
+class Fixed:
+    """A source of scores that always gives the same."""
+
+    def __init__(self, scores):
+        self.scores = torch.tensor(scores)
+
+    def score(self, rows, responses, tokens, ended):
+        return self.scores
 
 
-def test_the_learning_rate_warms_up_and_falls_linearly_to_zero():
-    assert [lr_scale(i, 4) for i in (1, 2, 3, 4)] == [1, 0.75, 0.5, 0.25]
-    assert [lr_scale(i, 4, warmup=2, anneal=False) for i in (1, 2, 3)] == [0.5, 1, 1]
+def normalised(scores, score_norm):
+    """The scores as a run sees them, after --score-norm was measured on them."""
+    policy = without_dropout(**UPDATE, score_norm=score_norm)
+    score, rows = Score(Fixed(scores)), [{"prompt": x} for x in PROMPTS]
+    score.measure(policy, rows, policy.args)
+    return score(rows, policy, setting()[1]).tolist()
 
 
-def test_policy_and_critic_follow_the_schedule_of_ppo():
-    actor_critic, _ = setting()
-    args = replace(ARGS, total_episodes=32, critic_learning_rate=1e-1)
-    optimizer = make_optimizer(actor_critic, args)
-    assert set_learning_rates(optimizer, 3, args) == pytest.approx(5e-3)  # half is left
-    assert [x["lr"] for x in optimizer.param_groups] == pytest.approx([5e-3, 5e-2])
+def test_score_norm_gives_the_sft_policys_scores_mean_0_and_std_1_or_mean_0_or_neither():
+    raw = [30.0, 50.0] * 4  # mean 40, std 10
+    assert normalised(raw, "sft") == pytest.approx([-1, 1] * 4)
+    assert normalised(raw, "center") == pytest.approx([-10, 10] * 4)
+    assert normalised(raw, "none") == pytest.approx([30, 50] * 4)
 
 
-def test_stages_1_and_2_anneal_clip_and_begin_each_gradient_anew(monkeypatch):
-    model, seen = torch.nn.Linear(1, 1, bias=False), []
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: seen.append(
-        (self.param_groups[0]["lr"], model.weight.grad.item())))
-    fit("test", model, [[1.0], [5.0], [1.0], [1.0]], lambda model, x: model.weight.sum() * x[0],
-        len, 0.4, replace(ARGS, max_grad_norm=2.0), SimpleNamespace(scalars=lambda *x: None))
-    rates, gradients = zip(*seen, strict=True)
-    assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1])
-    assert gradients == pytest.approx([1, 2, 1, 1], abs=1e-5)  # 5, clipped to 2
-
-
-# Critics -----------------------------------------------------------------------------------------
-
-
-def test_a_shared_critic_starts_at_zero():
-    actor_critic, rollout = setting()
-    assert (rollout.old_values == 0).all() and actor_critic.trunk is None
-
-
-def test_a_separate_critic_starts_from_the_normalised_score_of_the_prompt():
-    policy, reward_model = Policy(make_lm(), 0, [1]), make_reward_model(seed=5)
-    args, norm = replace(ARGS, critic="separate"), ScoreNorm(mean=2.0, std=3.0)
-    actor_critic = make_actor_critic(args, policy, reward_model, True, norm)
-    ids = torch.tensor([[4, 5, 6]])
-    _, _, values = actor_critic(ids, torch.ones_like(ids).bool(), 1)
-    score_of_the_prompt = reward_model(torch.tensor([[4, 5]])).logits[0, 0]
-    assert torch.allclose(values[0, 0], (score_of_the_prompt - 2) / 3, atol=1e-5)
-
-
-def test_a_separate_critic_leaves_the_policys_gradient_alone():
-    gradients = []
-    for vf_coef in (0.0, 10.0):
-        policy = Policy(make_lm(), 0, [1])
-        args = replace(ARGS, critic="separate", vf_coef=vf_coef)
-        actor_critic = make_actor_critic(args, policy, None, False, ScoreNorm())
-        torch.nn.init.ones_(actor_critic.value_head.weight)  # 0 would pass no gradient on
-        _, rollout = setting()
-        backward_minibatch(actor_critic, rollout, 0.05, args)
-        gradients.append(gradient(policy))
-    assert torch.equal(*gradients)
-
-
-def test_a_separate_critic_trains_a_trunk_of_its_own_and_not_the_reward_model():
-    policy, reward_model = Policy(make_lm(), 0, [1]), make_reward_model(seed=5)
-    args, (_, rollout) = replace(ARGS, critic="separate"), setting()
-    actor_critic = make_actor_critic(args, policy, reward_model.requires_grad_(False), True,
-                                     ScoreNorm())
-    frozen, trunk = (copy.deepcopy(x.state_dict()) for x in (reward_model, actor_critic.trunk))
-    update_policy(actor_critic, make_optimizer(actor_critic, args), rollout, 0.05, args, 0, None,
-                  [])
-    assert all(torch.equal(x, frozen[name]) for name, x in reward_model.state_dict().items())
-    assert not any(torch.equal(x, trunk[name])
-                   for name, x in actor_critic.trunk.state_dict().items())
-
-
-# What surrounds the update ------------------------------------------------------------------------
-
-
-def test_advantages_take_gamma_and_lambda_in_their_places():
-    args = replace(ARGS, gamma=0.9, gae_lambda=0.2, norm_advantages=False)
-    _, rollout = setting()
-    rollout.old_values = torch.randn_like(rollout.rewards)
-    expected = gae(rollout.rewards, rollout.old_values, rollout.response_mask, 0.9, 0.2)
-    assert all(torch.equal(x, y) for x, y in
-               zip(compute_advantages(rollout, args), expected, strict=True))
-
-
-def test_sft_normalisation_gives_mean_0_and_std_1_and_only_shifts_equal_scores():
-    policy, args = Policy(make_lm(), 0, [1]), replace(ARGS, score_norm="sft")
-    data = Data([[4], [5]], [], [], [], [], [])
-    scores = 3 * torch.arange(16.0)
-    normalised = measure_score_norm(policy, lambda *x: scores, data, args)(scores)
-    assert torch.allclose(normalised, (scores - scores.mean()) / scores.std(correction=0))
-    norm = measure_score_norm(policy, lambda *x: torch.full((16,), 7.0), data, args)
-    assert norm(torch.tensor([8.0])).item() == pytest.approx(1.0)
-
-
-def test_perplexity_is_per_token_and_accuracy_counts_what_scores_higher(monkeypatch):
-    policy = Policy(make_lm(), 0, [1])
-    mean_loss = sft_loss_sum(policy, EXAMPLES) / count_response_tokens(EXAMPLES)
-    assert perplexity(policy, EXAMPLES, 2) == pytest.approx(mean_loss.exp().item(), rel=1e-4)
-    monkeypatch.setattr(ppo_rlhf, "score_margins", lambda _, x: torch.tensor(x))
-    assert accuracy(None, [1.0, -1.0, 2.0, 3.0], 3) == 0.75
+def test_scores_that_are_the_same_everywhere_are_only_shifted():
+    assert normalised([7.0] * 8, "sft") == [0.0] * 8
