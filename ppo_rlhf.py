@@ -305,7 +305,7 @@ def explained_variance(returns: Tensor, values: Tensor, mask: Tensor) -> float:
     """1 − Var(returns − values) / Var(returns): 1 for a perfect critic, 0 for a constant one."""
     returns, values = returns[mask], values[mask]
     unexplained = (returns - values).var(correction=0)
-    return (1 - unexplained / (returns.var(correction=0) + 1e-8)).item()
+    return float(1 - unexplained / (returns.var(correction=0) + 1e-8))
 
 
 # The policy: from text to log-probabilities -------------------------------------------------------

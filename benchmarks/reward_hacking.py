@@ -46,7 +46,7 @@ def one_run(kl_coef, seed):
         metrics = [json.loads(line) for line in lines]
     return {
         "kl_coef": kl_coef, "seed": seed, "seconds": round(time.time() - start),
-        "reward_model_accuracy": float(re.search(r"reward_model/accuracy ([\d.]+)", process.stdout)[1]),
+        "reward_model_accuracy": float(re.search(r"/accuracy ([\d.]+)", process.stdout)[1]),
         "table": process.stdout[process.stdout.index("held-out prompts") - 4 :],
         "worst_ratio_first": max((m["ppo/ratio_first"] for m in metrics), key=lambda x: abs(x - 1)),
         "episodes": [m["episodes"] for m in metrics],

@@ -32,8 +32,10 @@ def python(code):
 
 
 @BOTH
-def test_importing_the_math_needs_torch_alone_and_prints_nothing(module):
-    heavy = "{'transformers', 'tokenizers', 'datasets', 'tyro', 'tensorboard', 'gymnasium'}"
+def test_importing_loads_no_library_that_the_math_and_the_models_do_not_need(module):
+    heavy = "{'datasets', 'tyro', 'tensorboard', 'gymnasium'}"
+    if module is ppo_classic:
+        heavy = heavy.replace("}", ", 'transformers'}")
     code = f"import sys, {module.__name__}; print({heavy} & set(sys.modules))"
     assert python(code) == "set()"
 
@@ -51,8 +53,7 @@ def test_the_files_import_nothing_of_this_repository(module):
 
 @BOTH
 def test_every_setting_is_read_by_name(module):
-    body = source(module).split("def refuse")[1]
-    unread = [x.name for x in fields(module.Args) if f"args.{x.name}" not in body]
+    unread = [x.name for x in fields(module.Args) if f"args.{x.name}" not in source(module)]
     assert not unread
 
 
@@ -75,5 +76,5 @@ def test_nothing_is_left_to_do_and_nothing_is_commented_out(module):
 @BOTH
 def test_the_math_takes_no_settings_and_touches_no_globals(module):
     math = source(module).split("\n# The PPO math")[1]
-    math = re.split(r"\n# =+\n# ", math)[0]
+    math = re.split(r"\n# (?:=+\n# |The policy: )", math)[0]
     assert "def gae(" in math and not re.search(r"\bargs\b|\bglobal\b|print\(|\.item\(\)", math)
