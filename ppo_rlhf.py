@@ -148,8 +148,7 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Mean of x where mask is True, over dim or over everything.
 
     Args: x and mask (bool), the same shape. Returns: NaN where the mask selects nothing.
-    Raises: ValueError if the shapes differ.
-    """
+    Raises: ValueError if the shapes differ."""
     check_same_shape(x=x, mask=mask)
     # torch.where instead of x * mask, because NaN times 0 is NaN.
     return torch.where(mask, x, 0).sum(dim) / mask.sum(dim)
@@ -158,8 +157,7 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """(x − mean) / std over the entries where mask is True; all other entries become 0.
 
-    If shift_mean is False, the mean is added back. The variance is the biased one, divided by n.
-    """
+    If shift_mean is False, the mean is added back. The variance is the biased one, divided by n."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
@@ -169,8 +167,7 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 def logprobs_from_logits(logits: Tensor, ids: Tensor) -> Tensor:
     """log softmax(logits) at the given ids, in nats: logits[id] − logsumexp(logits).
 
-    Args: logits (..., vocab); ids (...). Returns: (...).
-    """
+    Args: logits (..., vocab); ids (...). Returns: (...)."""
     check_same_shape(logits=logits[..., 0], ids=ids)
     return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
@@ -178,8 +175,7 @@ def logprobs_from_logits(logits: Tensor, ids: Tensor) -> Tensor:
 def entropy(logits: Tensor) -> Tensor:
     """Entropy of softmax(logits), in nats: H = logsumexp(z) − Σ softmax(z)·z. (..., vocab) -> (...)
 
-    This is the entropy of the distribution; −log p of the sampled token only estimates it.
-    """
+    This is the entropy of the distribution; −log p of the sampled token only estimates it."""
     return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
 
 
@@ -213,8 +209,7 @@ def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: fl
     and learns a value there too.) Dense scores are added token by token.
 
     Args: scores (batch,), or (batch, response_len) if dense; kl, response_mask (batch,
-    response_len). Returns: (batch, response_len), 0 in the padding. Source: InstructGPT, eq. 2.
-    """
+    response_len). Returns: (batch, response_len), 0 in the padding. Source: InstructGPT, eq. 2."""
     check_same_shape(kl=kl, response_mask=response_mask)
     if scores.dim() == 1:
         last_token_idx = response_mask.sum(dim=1, keepdim=True) - 1  # (batch, 1)
@@ -256,8 +251,7 @@ def policy_loss(
     ratio is outside [1 − ε, 1 + ε] and A would push it further out, the gradient is zero.
 
     Args: (batch, response_len) each; clip_coef is ε. Returns: loss; clipfrac, the share of tokens
-    whose gradient is zero for this reason. Source: PPO paper, eq. 7.
-    """
+    whose gradient is zero for this reason. Source: PPO paper, eq. 7."""
     check_same_shape(new=new_logprobs, old=old_logprobs, advantages=advantages, mask=mask)
     ratio = torch.exp(torch.where(mask, new_logprobs - old_logprobs, 0))
     unclipped = ratio * advantages
@@ -276,8 +270,7 @@ def value_loss(
     far above 1.
 
     Args: (batch, response_len) each; vf_clip_coef is c. Returns: loss; clipfrac, the share of
-    tokens whose clipped term is the larger one. Source: OpenAI baselines (ppo2), not the paper.
-    """
+    tokens whose clipped term is the larger one. Source: OpenAI baselines (ppo2), not the paper."""
     check_same_shape(new=new_values, old=old_values, returns=returns, mask=mask)
     change = (new_values - old_values).clamp(-vf_clip_coef, vf_clip_coef)
     # Use where before squaring: otherwise a NaN in the padding would reach the gradient.
@@ -295,8 +288,7 @@ def adaptive_kl_coef(
     β ← β·(1 + e·n/h),  e = clip(KL / target − 1, ±0.2), n episodes since the last call, horizon h.
 
     Args: observed_kl, kl_target in nats per response; num_episodes, kl_horizon in episodes.
-    Source: Ziegler 2019 (1909.08593), section 2.2; n/h as in the code of lm-human-preferences.
-    """
+    Source: Ziegler 2019 (1909.08593), section 2.2; n/h as in the code of lm-human-preferences."""
     error = max(-0.2, min(0.2, observed_kl / kl_target - 1))
     return kl_coef * (1 + error * num_episodes / kl_horizon)
 
@@ -327,8 +319,7 @@ class Rollout:
 
     Response token t is chosen in the state one column before it. Its log-probability and value are
     read there, so the first value is computed from the prompt alone. The last column is padding:
-    whatever stands there must not enter a mean or a sum. Demonstrations fill three fields.
-    """
+    whatever stands there must not enter a mean or a sum. Demonstrations fill three fields."""
 
     sequence_ids: Tensor  # (batch, seq_len)
     sequence_mask: Tensor  # (batch, seq_len), bool
@@ -357,8 +348,7 @@ class Policy(nn.Module):
     Temperature, position ids, precision and the ban on PAD are applied in one place, forward, so
     that sampler, old, new and reference log-probabilities belong to one distribution. The model's
     generation config (top-p, repetition penalty) is ignored: the log-probabilities do not include
-    such options, so the sampler must not use them.
-    """
+    such options, so the sampler must not use them."""
 
     def __init__(self, lm, tokenizer, args: Args):
         super().__init__()
@@ -383,8 +373,7 @@ class Policy(nn.Module):
 
         Prompt and response are tokenised separately, because in PPO the policy continues an encoded
         prompt. Responses get EOS, then are cut to --response-len; without EOS in the data the model
-        would never learn to stop.
-        """
+        would never learn to stop."""
         args, tokenizer = self.args, self.tokenizer
         prompt_rows = [cut_front(tokenizer, ids, args.max_prompt_len)
                        for ids in encode_prompts(tokenizer, prompts)]
@@ -410,8 +399,7 @@ class Policy(nn.Module):
     def decode(self, rollout: Rollout) -> tuple[list[str], list[list[str]]]:
         """Responses as texts without the final EOS, and as one string for each token.
 
-        Special tokens stay in the texts, so that a scorer reads what the policy wrote.
-        """
+        Special tokens stay in the texts, so that a scorer reads what the policy wrote."""
         response_ids = rollout.sequence_ids[:, -rollout.response_mask.shape[1] :]
         rows = [ids[mask].tolist()
                 for ids, mask in zip(response_ids, rollout.response_mask, strict=True)]
@@ -428,8 +416,7 @@ class Policy(nn.Module):
         are read one position before their token, in the state in which it is chosen.
 
         With response_len 0, for sampling: ids are the columns that are not in cache yet, mask
-        (batch, seq_len) covers all columns. Returns: logits of the next token (batch, vocab).
-        """
+        (batch, seq_len) covers all columns. Returns: logits of the next token (batch, vocab)."""
         # The first real token has position 0: left padding must not shift it.
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with self.autocast():
@@ -460,8 +447,7 @@ class Policy(nn.Module):
 
         The head starts at V = 0. A separate critic starts as a copy of the reward model if that can
         read the policy's rows (V is then the score of the text so far, as in Stiennon 2020), else
-        as a copy of the policy's trunk.
-        """
+        as a copy of the policy's trunk."""
         trunk, source, weight, bias = self.lm.base_model, score.source, 0.0, 0.0
         if self.args.critic == "separate":
             if can_start_critic(source, self):
@@ -482,8 +468,7 @@ class Policy(nn.Module):
 def sample_tokens(policy: Policy, prompts: Rollout, noise: Tensor, temperature: float) -> Rollout:
     """Sample token by token until each row has ended with EOS or has response_len tokens.
 
-    Args: noise (batch, response_len), uniform in [0, 1), one number for each token.
-    """
+    Args: noise (batch, response_len), uniform in [0, 1), one number for each token."""
     prompt_len, response_len = prompts.sequence_ids.shape[1], noise.shape[1]
     sequence_ids = nn.functional.pad(prompts.sequence_ids, (0, response_len), value=policy.pad_id)
     sequence_mask = nn.functional.pad(prompts.sequence_mask, (0, response_len), value=False)
@@ -493,11 +478,9 @@ def sample_tokens(policy: Policy, prompts: Rollout, noise: Tensor, temperature: 
         for t in range(prompt_len, prompt_len + response_len):
             logits = policy(ids, sequence_mask[:, :t], 0, temperature, cache)
             # Invert the cumulative distribution: take the first token whose cumulative probability
-            # exceeds noise · total. If that is rounded up to total, no token exceeds it.
+            # exceeds noise · total. As noise < 1, that is below total, even when it is rounded.
             cumulative = logits.softmax(-1).cumsum(-1)  # (batch, vocab)
-            total = cumulative[:, -1:]
-            threshold = torch.minimum(noise[:, t - prompt_len, None] * total,
-                                      torch.nextafter(total, torch.zeros_like(total)))
+            threshold = noise[:, t - prompt_len, None] * cumulative[:, -1:]
             sampled = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)  # (batch,)
             sequence_ids[:, t] = torch.where(ended, policy.pad_id, sampled)
             sequence_mask[:, t] = ~ended  # EOS is a real token, what follows it is padding
@@ -586,8 +569,7 @@ def reward_loss(reward_model: "RewardModel", rows: list[dict]) -> dict[str, Tens
 def ppo_loss(policy: Policy, rows: Rollout, kl_coef: float, args: Args) -> dict[str, Tensor]:
     """policy loss + vf_coef · value loss − ent_coef · entropy [+ kl_coef · KL, with --kl-in loss].
 
-    Source: PPO paper, eq. 9, with the sign of a loss.
-    """
+    Source: PPO paper, eq. 9, with the sign of a loss."""
     mask, old_logprobs = rows.response_mask, rows.old_logprobs
     new_logprobs, entropies, new_values = policy(  # (rows, response_len) each
         rows.sequence_ids, rows.sequence_mask, mask.shape[1], args.temperature)
@@ -616,8 +598,7 @@ def train_step(model, optimizer, parts: list[tuple], where: str, args: Args) -> 
     each is weighted by its share of the terms: a plain mean over microbatches would give tokens of
     short responses more weight.
     Returns: the statistics, means over the terms; for names that end in _max, the maximum.
-    Raises: FloatingPointError before the step if a statistic or the gradient is not finite.
-    """
+    Raises: FloatingPointError before the step if a statistic or the gradient is not finite."""
     stats = {}
     model.train()  # gradient checkpointing works in this mode only; dropout is 0 in all models
     for loss, rows, coef in parts:
@@ -721,8 +702,7 @@ class RewardModel(nn.Module):
         """Token ids of prompts with responses, in the form in which the model was trained on them.
 
         A string prompt is followed by the response, and by EOS if the response has ended. Messages
-        go through the model's own chat template; a response that was cut gets no closing tokens.
-        """
+        go through the model's own chat template; a response that was cut gets no closing tokens."""
         tokenizer, limit = self.tokenizer, self.args.response_len
         encoded = tokenizer(responses, add_special_tokens=False)["input_ids"]
         if ended is None:  # comparisons: cut both at the policy's length limit
@@ -747,8 +727,7 @@ class RewardModel(nn.Module):
         """Raw scores (rows,).
 
         The classifier itself decides where to read the score (causal models: at the last token that
-        is not PAD), so that the saved model gives the same scores elsewhere.
-        """
+        is not PAD), so that the saved model gives the same scores elsewhere."""
         ids, mask = pad_rows(self.encode(prompts, responses, ended),
                              self.classifier.config.pad_token_id, "right", self.args.device)
         return self.classifier(input_ids=ids, attention_mask=mask.long()).logits[:, 0].float()
@@ -793,8 +772,7 @@ class RewardFunction:
 class Score:
     """(raw score − offset) / scale, with the SFT policy's mean and std (--score-norm).
 
-    Without this, a constant added to all scores would change the run, because V starts at 0.
-    """
+    Without this, a constant added to all scores would change the run, because V starts at 0."""
 
     source: RewardModel | RewardFunction
     offset: float = 0.0
@@ -1034,9 +1012,13 @@ GENRE_NOUNS = {  # nouns that only reviews of that genre may use
 }
 
 
-def grammar_of(prompt: str) -> dict[str, str]:
-    """The grammar of reviews for the genre that a prompt names."""
-    genre = next(word for word in re.findall(r"\w+", prompt) if word in GENRE_NOUNS)
+def genre_of(prompt: str) -> str:
+    """The genre that a prompt names."""
+    return next(word for word in re.findall(r"\w+", prompt) if word in GENRE_NOUNS)
+
+
+def grammar_of(genre: str) -> dict[str, str]:
+    """The grammar of reviews for a genre."""
     return GRAMMAR | {"noun": f"{GRAMMAR['noun']}|{GENRE_NOUNS[genre]}"}
 
 
@@ -1047,16 +1029,16 @@ def draw_text(symbol: str, rules: dict[str, str], rng: random.Random) -> str:
 
 
 @functools.cache
-def text_pattern(symbol: str, prompt: str) -> str:
+def text_pattern(symbol: str, genre: str) -> re.Pattern:
     """The regular expression of exactly the texts of symbol; the grammar has no recursion."""
-    text = grammar_of(prompt)[symbol].replace(".", r"\.")
-    text = re.sub(r"{(\w+)}", lambda match: text_pattern(match[1], prompt), text)
-    return f"(?:{text})"
+    text = grammar_of(genre)[symbol].replace(".", r"\.")
+    text = re.sub(r"{(\w+)}", lambda match: text_pattern(match[1], genre).pattern, text)
+    return re.compile(f"(?:{text})")
 
 
 def is_grammatical(prompt: str, response: str, ended: bool) -> bool:
     """Whether the response is a finished text of the grammar that fits its prompt."""
-    return ended and re.fullmatch(text_pattern("review", prompt), response) is not None
+    return ended and text_pattern("review", genre_of(prompt)).fullmatch(response) is not None
 
 
 def gold_reward(prompt: str, response: str, ended: bool) -> float:
@@ -1064,11 +1046,10 @@ def gold_reward(prompt: str, response: str, ended: bool) -> float:
 
     Sentiment summed over clauses and cut to ±2; −2 if ungrammatical or not ended; −1 per repeated
     clause; −0.5 per clause beyond three. The annotator of stage 2 compares responses by it, with
-    noise; afterwards it is only reported, and never trained on.
-    """
+    noise; afterwards it is only reported, and never trained on."""
     clauses = [x.strip() for x in re.split(r"[.,]|\band\b|\bwhile\b", response) if x.strip()]
-    praise, scorn = (sum(bool(re.fullmatch(text_pattern(symbol, prompt), x)) for x in clauses)
-                     for symbol in ("praise", "scorn"))
+    patterns = [text_pattern(symbol, genre_of(prompt)) for symbol in ("praise", "scorn")]
+    praise, scorn = (sum(bool(pattern.fullmatch(x)) for x in clauses) for pattern in patterns)
     sentiment = max(-2, min(2, praise - scorn))
     ungrammatical = not is_grammatical(prompt, response, ended)
     repeated, excess = len(clauses) - len(set(clauses)), max(0, len(clauses) - 3)
@@ -1078,14 +1059,14 @@ def gold_reward(prompt: str, response: str, ended: bool) -> float:
 def draw_reviews(num_reviews: int, rng: random.Random) -> list[dict]:
     """Demonstrations: praise and scorn with equal probability."""
     prompts = [draw_text("prompt", GRAMMAR, rng) for _ in range(num_reviews)]
-    return [{"prompt": x, "chosen": draw_text("review", grammar_of(x), rng)} for x in prompts]
+    return [{"prompt": x, "chosen": draw_text("review", grammar_of(genre_of(x)), rng)}
+            for x in prompts]
 
 
 def compare_own_samples(policy: Policy, data: "Data", num_pairs: int, args: Args) -> None:
     """Add comparisons to data: pairs of the policy's own samples, labelled by an annotator.
 
-    It prefers the first with probability sigmoid(2·(gold₁ − gold₂)) (Bradley–Terry).
-    """
+    It prefers the first with probability sigmoid(2·(gold₁ − gold₂)) (Bradley–Terry)."""
     rng = random.Random(args.seed)
     prompts = [row["prompt"] for row in rng.choices(data.prompts, k=num_pairs)]
     samples = []
@@ -1139,8 +1120,7 @@ def read_row(row: dict) -> dict | None:
 
     In a conversation, the last turn is the answer and everything before it the prompt; chosen and
     rejected must share the prompt. In two dialogues that are strings (hh-rlhf), the prompt is their
-    common beginning up to an "Assistant:".
-    """
+    common beginning up to an "Assistant:"."""
     answers = [x for x in ("chosen", "completion", "messages", "text") if x in row][:1]
     answers += ["rejected"] if answers == ["chosen"] and "rejected" in row else []
     prompt, sides = row.get("prompt"), [row[x] for x in answers]
@@ -1365,8 +1345,7 @@ def save_model(folder: Path, model: Policy | RewardModel) -> str:
 def try_given_models(data: Data, args: Args) -> Score | None:
     """Load what was given and try it on the data, so that no run fails after hours of training.
 
-    Returns: the given source of scores, or None if stage 2 is to train one.
-    """
+    Returns: the given source of scores, or None if stage 2 is to train one."""
     policy = load_policy(args.policy_model, args)
     tokenizer, prompts = policy.tokenizer, [row["prompt"] for row in data.prompts]
     with refusing("--policy-model", args.policy_model, "give data that its tokenizer accepts"):

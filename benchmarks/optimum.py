@@ -399,6 +399,8 @@ def jobs() -> list[dict]:
     for seed in (1, 2, 3):
         for instance in INSTANCES:
             found += [job("peers", who, instance, seed=seed) for who in ("ours", "trl")]
+    found += [job("second edition", "ours", instance, seed=seed)
+              for seed in (1, 2, 3) for instance in (1, 3, 5)]
     found += [job("tuned", "ours", instance, flags=TUNED) for instance in INSTANCES]
     found += [job("long", "ours", instance, 204_800, flags=LONG) for instance in INSTANCES[:2]]
     for beta in (0.05, 0.2, 1.0):

@@ -31,6 +31,7 @@ CURVES = {
     "rollout/kl": "KL to the reference (nats per response)",
     "rollout/grammatical": "grammatical (share of responses)",
 }
+CRITIC = "ppo/explained_variance"  # recorded for the README, not plotted
 
 
 def one_run(kl_coef, seed):
@@ -50,14 +51,14 @@ def one_run(kl_coef, seed):
         "table": process.stdout[process.stdout.index("held-out prompts") - 4 :],
         "worst_ratio_first": max((m["ppo/ratio_first"] for m in metrics), key=lambda x: abs(x - 1)),
         "episodes": [m["episodes"] for m in metrics],
-        "curves": {key: [round(m[key], 4) for m in metrics] for key in CURVES},
+        "curves": {key: [round(m[key], 4) for m in metrics] for key in [*CURVES, CRITIC]},
     }
 
 
 def summary(runs):
     """A line per run: the first iteration (the SFT policy) and the last tenth, as README quotes."""
     print("kl_coef seed |  gold SFT -> PPO | grammatical | KL nats | proxy SFT -> PPO | "
-          "RM accuracy | seconds")
+          "RM accuracy | critic explains | seconds")
     for r in sorted(runs, key=lambda r: (r["kl_coef"], r["seed"])):
         first = {key: values[0] for key, values in r["curves"].items()}
         tenth = len(r["episodes"]) // 10
@@ -66,6 +67,7 @@ def summary(runs):
               f"{last['rollout/gold_mean']:5.2f} | {last['rollout/grammatical']:11.2f} | "
               f"{last['rollout/kl']:7.1f} | {first['rollout/score_mean']:7.2f} -> "
               f"{last['rollout/score_mean']:5.2f} | {r['reward_model_accuracy']:11.3f} | "
+              f"{sum(r['curves'][CRITIC][75:]) / 25:.2f} | "
               f"{r['seconds']}")
 
 
