@@ -100,6 +100,13 @@ def test_the_table_of_optima_is_what_the_raw_results_say():
         assert f"| {instance} | {' | '.join(cells)} |" in README, (instance, cells)
 
 
+def test_the_optima_of_the_second_edition_are_what_the_raw_results_say():
+    runs = json.loads((ROOT / "benchmarks/results/optimum.json").read_text())["runs"]
+    means = [statistics.mean(x["share"] for x in runs if x["group"] == "second edition"
+                             and x["instance"] == instance) for instance in (1, 3, 5)]
+    assert "reaches {:.3f}, {:.3f} and {:.3f} on average".format(*means) in README
+
+
 def test_every_planted_bug_is_caught_and_the_counts_are_right():
     bugs = json.loads((ROOT / "benchmarks/results/planted_bugs.json").read_text())["bugs"]
     catchers = {x["caught_by"] for x in bugs}
