@@ -1,6 +1,6 @@
 """PPO for RLHF in one file: supervised fine-tuning, reward model, PPO. On CUDA or CPU.
 
-    python ppo_rlhf.py                # three stages on the embedded task, about a minute on a CPU
+    python ppo_rlhf.py                # three stages on the embedded task, some minutes on a CPU
     python ppo_rlhf.py --kl-coef 0    # without the KL term: watch the reward model being hacked
     python ppo_rlhf.py --dataset Anthropic/hh-rlhf --policy-model Qwen/Qwen2.5-0.5B
 

@@ -471,6 +471,16 @@ def test_the_adapted_kl_coef_is_used_in_the_rewards(ppo_runs):
         assert x["total"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_the_adapted_kl_coef_is_used_in_the_loss(ppo_runs):
+    in_loss = {"kl_in": "loss", "kl_estimator": "k2", "kl_coef": 0.5}
+    fixed, adapted = ppo_runs(**in_loss), ppo_runs(**in_loss, kl_target=1e6, kl_horizon=8)
+    assert column(fixed, "ppo/kl_coef") == [0.5, 0.5]
+    assert column(adapted, "ppo/kl_coef") == pytest.approx([0.5, 0.4])
+    first, second = zip(column(fixed, "ppo/grad_norm"), column(adapted, "ppo/grad_norm"),
+                        strict=True)
+    assert first[0] == first[1] and abs(second[0] - second[1]) > 1e-3
+
+
 def test_the_reference_is_refreshed_exactly_at_its_interval(ppo_runs):
     kls = column(ppo_runs(total_episodes=40, ref_update_interval=2), "rollout/kl")
     assert [abs(kl) < 1e-5 for kl in kls] == [True, False, True, False, True]
@@ -509,6 +519,8 @@ def test_evaluations_repeat_prompts_and_random_numbers(ppo_args, recorder):
     assert len(evaluations) == 1 + 2 + 1  # before, after each iteration, at the end
     assert all(x == evaluations[0] for x in evaluations)  # of a policy that stands
     assert not any(set(prompts) & set(held_out) for prompts, *_ in others)
+    # Tried before training, measured for --score-norm, two iterations.
+    assert [len(prompts) for prompts, *_ in others] == [2, 16, 8, 8]
 
 
 def test_the_held_out_answers_do_not_depend_on_the_batch_size(ppo_runs):
@@ -583,6 +595,17 @@ def test_the_perplexity_in_the_table_is_that_of_held_out_demonstrations(full, ar
     assert table(full)["perplexity"][0] == pytest.approx(expected, rel=1e-3)
     shown = float(re.search(r"sft/perplexity .*?(\d+\.\d+)", full.console)[1])
     assert shown == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_is_held_out_changes_nothing_in_training(full, args, places, folder):
+    held_out = [row["prompt"] for row in full.answers]
+    rows = [row | {"chosen": "a b c", "rejected": "d"} if row["prompt"] in held_out else row
+            for row in read_rows(Path(places["pairs"]))]
+    run = start(args, dataset=write_rows(folder / "other_answers.jsonl", rows), total_episodes=32)
+    assert torch.equal(*(weights(x.folder / "sft") for x in (run, full)))
+    assert run.metrics == [{key: x for key, x in row.items() if not key.startswith("eval/")}
+                           for row in full.metrics]
+    assert table(run)["perplexity"] != table(full)["perplexity"]
 
 
 # Rewards from elsewhere ---------------------------------------------------------------------------
