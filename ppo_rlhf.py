@@ -586,9 +586,11 @@ def ppo_loss(policy: Policy, rows: Rollout, kl_coef: float, args: Args) -> dict[
         # KL(old ‖ new): the tokens were sampled by the old policy.
         approx_kl = masked_mean(kl_penalty(old_logprobs, new_logprobs, "k3"), mask)
         log_ratio = torch.where(mask, new_logprobs - old_logprobs, 0)
-    return {"loss": loss, "policy_loss": pg_loss, "value_loss": vf_loss, "entropy": mean_entropy,
+    # "loss" comes last, so that a number that is not finite is reported under its own name.
+    return {"policy_loss": pg_loss, "value_loss": vf_loss, "entropy": mean_entropy,
             "approx_kl": approx_kl, "clipfrac": clipfrac, "vf_clipfrac": vf_clipfrac,
-            "log_ratio_max": log_ratio.max(), "abs_log_ratio_max": log_ratio.abs().max()}
+            "log_ratio_max": log_ratio.max(), "abs_log_ratio_max": log_ratio.abs().max(),
+            "loss": loss}
 
 
 def train_step(model, optimizer, parts: list[tuple], where: str, args: Args) -> dict[str, float]:
