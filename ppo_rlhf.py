@@ -604,8 +604,9 @@ def train_step(model, optimizer, parts: list[tuple], where: str, args: Args) -> 
     stats = {}
     model.train()  # gradient checkpointing works in this mode only; dropout is 0 in all models
     for loss, rows, coef in parts:
+        num_terms = count_terms(rows)
         for microbatch in split_rows(rows, args.microbatch_size):
-            share = count_terms(microbatch) / count_terms(rows)
+            share = count_terms(microbatch) / num_terms
             found = loss(model, microbatch)
             (coef * share * found["loss"]).backward()
             for name, value in found.items():
@@ -723,7 +724,8 @@ class RewardModel(nn.Module):
                 before, after = frame(tokenizer, prompt)
                 texts.append(before + tokenizer.decode(ids) + after * whole)
             rows = encode_starts(tokenizer, texts)
-        return [cut_front(tokenizer, ids, context_len(self)) for ids in rows]
+        context = context_len(self)
+        return [cut_front(tokenizer, ids, context) for ids in rows]
 
     def forward(self, prompts: list, responses: list[str], ended: list | None = None) -> Tensor:
         """Raw scores (rows,).
