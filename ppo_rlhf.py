@@ -99,9 +99,7 @@ class Args:
     learning_rate: float | None = None  # of the policy in PPO
     lr_warmup: int = 0  # iterations of linear warm-up
     anneal_lr: bool = True  # decay the learning rate of PPO linearly to 0
-    # Adam's epsilon [1e-5 for a new model; 1e-8 for a given one: most gradients of a large model
-    # are below 1e-5, which would shorten its steps]
-    adam_eps: float | None = None
+    adam_eps: float | None = None  # Adam's epsilon [1e-5 for a new model, 1e-8 for a given one]
     temperature: float = 1.0  # of the sampler, and of every log-probability in PPO
     gamma: float = 1.0  # discount per token
     gae_lambda: float = 0.95  # 0: one reward, then the critic; 1: only the sampled rewards
@@ -133,6 +131,11 @@ class Args:
     save_interval: int = 20  # iterations between two saves of policy/, each with two samples shown
     eval_interval: int = 0  # iterations between two evaluations; 0: before and after PPO only
 
+    @property
+    def trains_reward_model(self) -> bool:
+        """Whether stage 2 runs."""
+        return self.reward_model is None and self.reward_fn is None
+
 
 # The PPO math: pure functions of tensors ----------------------------------------------------------
 
@@ -145,10 +148,9 @@ def check_same_shape(**tensors: Tensor) -> None:
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of x where mask is True, over dim or over everything.
+    """Mean of x where mask (bool, the same shape) is True, over dim or over everything.
 
-    Args: x and mask (bool), the same shape. Returns: NaN where the mask selects nothing.
-    Raises: ValueError if the shapes differ."""
+    NaN where the mask selects nothing. Raises: ValueError if the shapes differ."""
     check_same_shape(x=x, mask=mask)
     # torch.where instead of x * mask, because NaN times 0 is NaN.
     return torch.where(mask, x, 0).sum(dim) / mask.sum(dim)
@@ -400,23 +402,24 @@ class Policy(nn.Module):
         """Responses as texts without the final EOS, and as one string for each token.
 
         Special tokens stay in the texts, so that a scorer reads what the policy wrote."""
-        response_ids = rollout.sequence_ids[:, -rollout.response_mask.shape[1] :]
-        rows = [ids[mask].tolist()
-                for ids, mask in zip(response_ids, rollout.response_mask, strict=True)]
+        prompt_len = rollout.sequence_ids.shape[1] - rollout.response_mask.shape[1]
+        rows = [ids[mask].tolist() for ids, mask in
+                zip(rollout.sequence_ids[:, prompt_len:], rollout.response_mask, strict=True)]
         strings = {i: self.tokenizer.decode([i]) for ids in rows for i in set(ids)}
         texts = [ids[:-1] if ids[-1] in self.eos_ids else ids for ids in rows]
         texts = self.tokenizer.batch_decode(texts, clean_up_tokenization_spaces=False)
         return texts, [[strings[i] for i in ids] for ids in rows]
 
-    def forward(self, ids: Tensor, mask: Tensor, response_len: int, temperature: float, cache=None):
+    def forward(self, rows: Rollout, temperature: float, cache=None):
         """Run the language model and the critic, for the sampler, the rollout and all losses.
 
-        With response_len: ids, mask (batch, seq_len), the responses in the last columns. Returns:
-        logprobs, entropies and values of the response tokens, each (batch, response_len). All three
-        are read one position before their token, in the state in which it is chosen.
+        Returns: logprobs, entropies and values of the response tokens, each (batch, response_len).
+        All three are read one position before their token, in the state in which it is chosen.
 
-        With response_len 0, for sampling: ids are the columns that are not in cache yet, mask
-        (batch, seq_len) covers all columns. Returns: logits of the next token (batch, vocab)."""
+        The sampler passes a KV cache, and rows whose ids are the columns that are not in it yet
+        (the mask covers all columns). Returns: logits of the next token (batch, vocab)."""
+        ids, mask, response_mask = rows.sequence_ids, rows.sequence_mask, rows.response_mask
+        response_len = 0 if cache is not None else response_mask.shape[1]
         # The first real token has position 0: left padding must not shift it.
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with self.autocast():
@@ -426,12 +429,12 @@ class Policy(nn.Module):
         logits = output.logits.float() / temperature  # (batch, response_len + 1, vocab)
         # PAD gets the lowest number and not −inf, because 0 · −inf in the entropy would be NaN.
         logits = logits.index_fill(-1, self.banned_ids, torch.finfo(torch.float32).min)
-        if response_len == 0:
+        if cache is not None:
             return logits[:, -1]
         logits = logits[:, :-1]  # the logits at position t are those of token t + 1
-        response_ids, response_mask = ids[:, -response_len:], mask[:, -response_len:]
         # Padding columns hold PAD, whose log-probability is −3e38: set it to zero.
-        logprobs = torch.where(response_mask, logprobs_from_logits(logits, response_ids), 0)
+        logprobs = logprobs_from_logits(logits, ids[:, -response_len:])
+        logprobs = torch.where(response_mask, logprobs, 0)
         if self.value_head is None:
             return logprobs, entropy(logits), torch.zeros_like(logprobs)
         hidden = output.hidden_states[-1]
@@ -473,10 +476,11 @@ def sample_tokens(policy: Policy, prompts: Rollout, noise: Tensor, temperature: 
     sequence_ids = nn.functional.pad(prompts.sequence_ids, (0, response_len), value=policy.pad_id)
     sequence_mask = nn.functional.pad(prompts.sequence_mask, (0, response_len), value=False)
     ended = torch.zeros_like(sequence_mask[:, 0])  # (batch,)
-    ids, cache = prompts.sequence_ids, new_kv_cache(policy)
+    ids, cache = prompts.sequence_ids, KVCache(config=policy.lm.config)
     with policy.autocast():  # around the loop: the weights become bfloat16 once, not for each token
         for t in range(prompt_len, prompt_len + response_len):
-            logits = policy(ids, sequence_mask[:, :t], 0, temperature, cache)
+            seen = sequence_mask[:, :t]
+            logits = policy(Rollout(ids, seen, seen[:, prompt_len:]), temperature, cache)
             # Invert the cumulative distribution: take the first token whose cumulative probability
             # exceeds noise · total. As noise < 1, that is below total, even when it is rounded.
             cumulative = logits.softmax(-1).cumsum(-1)  # (batch, vocab)
@@ -513,12 +517,10 @@ def collect_rollout(
     """Sample a response to each prompt; read log-probabilities, entropies, values, reference."""
     parts = split_rows(sample_responses(policy, prompts, seed, args), args.microbatch_size)
     for rows in parts:
-        response_len = rows.response_mask.shape[1]
-        inputs = rows.sequence_ids, rows.sequence_mask, response_len, args.temperature
         # Old log-probabilities come from the same pass as the new ones in the update. The sampler's
         # cache rounds differently: with its numbers the ratio would not start at 1.
-        rows.old_logprobs, rows.entropies, rows.old_values = policy(*inputs)
-        rows.ref_logprobs, _, _ = reference(*inputs)
+        rows.old_logprobs, rows.entropies, rows.old_values = policy(rows, args.temperature)
+        rows.ref_logprobs, _, _ = reference(rows, args.temperature)
     return join_rows(parts)
 
 
@@ -549,8 +551,7 @@ def compute_advantages(rollout: Rollout, kl_coef: float, args: Args) -> None:
 
 def sft_loss(policy: Policy, rows: Rollout) -> dict[str, Tensor]:
     """−E[ log π(response token | tokens before it) ], in nats; prompt tokens are not trained on."""
-    response_len = rows.response_mask.shape[1]
-    logprobs, _, _ = policy(rows.sequence_ids, rows.sequence_mask, response_len, temperature=1.0)
+    logprobs, _, _ = policy(rows, temperature=1.0)
     loss = -masked_mean(logprobs, rows.response_mask)
     return {"loss": loss, "sft_loss": loss}
 
@@ -571,8 +572,7 @@ def ppo_loss(policy: Policy, rows: Rollout, kl_coef: float, args: Args) -> dict[
 
     Source: PPO paper, eq. 9, with the sign of a loss."""
     mask, old_logprobs = rows.response_mask, rows.old_logprobs
-    new_logprobs, entropies, new_values = policy(  # (rows, response_len) each
-        rows.sequence_ids, rows.sequence_mask, mask.shape[1], args.temperature)
+    new_logprobs, entropies, new_values = policy(rows, args.temperature)  # (rows, response_len)
     pg_loss, clipfrac = policy_loss(new_logprobs, old_logprobs, rows.advantages, mask,
                                     args.clip_coef)
     vf_loss, vf_clipfrac = value_loss(new_values, rows.old_values, rows.returns, mask,
@@ -626,18 +626,6 @@ def train_step(model, optimizer, parts: list[tuple], where: str, args: Args) -> 
     return dict(zip(stats, numbers, strict=True))
 
 
-def set_learning_rates(optimizer, step: int, num_steps: int, warmup=0, anneal=True) -> None:
-    """Learning rates of step 1 … num_steps: peak · linear warm-up · linear decay to 0."""
-    scale = 1 - (step - 1) / num_steps if anneal else 1.0
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * scale * min(1.0, step / max(1, warmup))
-
-
-def shuffled_minibatches(num_rows: int, size: int, rng: random.Random) -> list[list[int]]:
-    """The numbers of all rows in a random order, in parts of at most size."""
-    return split_rows(rng.sample(range(num_rows), num_rows), size)
-
-
 def fit(name: str, model, loss: Callable, rows: list[dict], epochs: int, peak: float, log) -> None:
     """Stages 1 and 2: each epoch visits all rows in a new order; the learning rate falls to 0."""
     args, rng = log.args, random.Random(log.args.seed)
@@ -684,7 +672,7 @@ def update_policy(
     return stats
 
 
-# Scores: a reward model, or a Python function -----------------------------------------------------
+# Scores: a reward model, or a function of yours ---------------------------------------------------
 
 # A source of scores is called with the rows of the batch (prompts, and whatever other columns the
 # data have), the responses as texts, their tokens as strings, and whether each has ended with EOS.
@@ -702,30 +690,15 @@ class RewardModel(nn.Module):
         return rows
 
     def encode(self, prompts: list, responses: list[str], ended: list | None = None) -> list:
-        """Token ids of prompts with responses, in the form in which the model was trained on them.
-
-        A string prompt is followed by the response, and by EOS if the response has ended. Messages
-        go through the model's own chat template; a response that was cut gets no closing tokens."""
-        tokenizer, limit = self.tokenizer, self.args.response_len
-        encoded = tokenizer(responses, add_special_tokens=False)["input_ids"]
+        """Token ids of prompts with responses; long texts lose what follows their first token."""
         if ended is None:  # comparisons: cut both at the policy's length limit
+            limit = self.args.response_len
+            encoded = self.tokenizer(responses, add_special_tokens=False)["input_ids"]
             ended = [len(ids) < limit for ids in encoded]
-            encoded = [ids[:limit] for ids in encoded]
-        if isinstance(prompts[0], str):
-            _, closing = frame(tokenizer, prompts[0])
-            closing_ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
-            # BERT-like models read prompt and response as a pair of texts: SEP stands between them.
-            sep = [] if tokenizer.sep_token_id is None else [tokenizer.sep_token_id]
-            rows = [start + sep + ids + closing_ids * whole for start, ids, whole in
-                    zip(encode_prompts(tokenizer, prompts), encoded, ended, strict=True)]
-        else:
-            texts = []
-            for prompt, ids, whole in zip(prompts, encoded, ended, strict=True):
-                before, after = frame(tokenizer, prompt)
-                texts.append(before + tokenizer.decode(ids) + after * whole)
-            rows = encode_starts(tokenizer, texts)
-        context = context_len(self)
-        return [cut_front(tokenizer, ids, context) for ids in rows]
+            responses = [text if len(ids) < limit else self.tokenizer.decode(ids[:limit])
+                         for text, ids in zip(responses, encoded, strict=True)]
+        rows = encode_pairs(self.tokenizer, prompts, responses, ended)
+        return [cut_front(self.tokenizer, ids, context_len(self)) for ids in rows]
 
     def forward(self, prompts: list, responses: list[str], ended: list | None = None) -> Tensor:
         """Raw scores (rows,).
@@ -744,53 +717,25 @@ class RewardModel(nn.Module):
         return torch.cat([self(*part) for part in parts])
 
 
-class RewardFunction:
-    """--reward-fn: f(prompts, responses, ...); further parameters get columns of their names."""
-
-    def __init__(self, name: str):
-        path, _, function_name = name.rpartition(":")
-        sys.path.insert(0, str(Path(path).resolve().parent))  # the file may import its neighbours
-        self.function = runpy.run_path(path)[function_name]
-        self.further = list(inspect.signature(self.function).parameters)[2:]
-
-    def score(self, rows: list[dict], responses: list, tokens: list, ended: list) -> Tensor:
-        """Scores (batch,), or (batch, response_len) if the function returns a list per response."""
-        columns = {name: tokens if name == "tokens" else [row[name] for row in rows]
-                   for name in self.further}
-        scores = self.function([row["prompt"] for row in rows], responses, **columns)
-        if len(scores) != len(responses):
-            raise ValueError(f"it returned {len(scores)} scores for {len(responses)} responses")
-        found = []
-        for response, strings, score in zip(responses, tokens, scores, strict=True):
-            try:
-                numbers = torch.tensor(score, dtype=torch.float32)  # (), or (response_len,)
-            except (TypeError, ValueError):
-                numbers = torch.tensor(math.nan)
-            if numbers.shape not in ((), (len(strings),)) or not numbers.isfinite().all():
-                raise ValueError(f"it returned {score} for {response!r} of {len(strings)} tokens")
-            found.append(numbers)
-        return torch.stack(found) if found[0].dim() == 0 else nn.utils.rnn.pad_sequence(found, True)
-
-
 @dataclass
 class Score:
     """(raw score − offset) / scale, with the SFT policy's mean and std (--score-norm).
 
     Without this, a constant added to all scores would change the run, because V starts at 0."""
 
-    source: RewardModel | RewardFunction
+    source: "RewardModel | RewardFunction"
     offset: float = 0.0
     scale: float = 1.0
 
-    def __call__(self, rows: list[dict], policy: Policy, rollout: Rollout) -> Tensor:
-        """Normalised scores of a rollout: (batch,), or (batch, response_len) if dense."""
-        raw = self.source.score(rows, *policy.decode(rollout), rollout.ended.tolist())
-        return (raw.to(rollout.ended.device) - self.offset) / self.scale
+    def __call__(self, rows: list[dict], responses: list, tokens: list, ended: Tensor) -> Tensor:
+        """Normalised scores of responses: (batch,), or (batch, response_len) if dense."""
+        raw = self.source.score(rows, responses, tokens, ended.tolist())
+        return (raw.to(ended.device) - self.offset) / self.scale
 
     def measure(self, policy: Policy, rows: list[dict], args: Args) -> None:
         """Measure the scores of SFT responses; set offset and scale."""
         rollout = sample_responses(policy, [row["prompt"] for row in rows], args.seed, args)
-        scores = self(rows, policy, rollout)
+        scores = self(rows, *policy.decode(rollout), rollout.ended)
         mean, std = scores.mean().item(), scores.std(correction=0).item()
         print(f"scores       raw scores of the SFT policy: mean {mean:.3f}, std {std:.3f}")
         if args.score_norm != "none":
@@ -804,40 +749,36 @@ class Score:
 # Each stage sets the seed, loads its models from folders and saves its own model in a folder.
 
 
-def train_sft(data: "Data", held_out: "Data", args: Args, log: "RunLog") -> str:
+def train_sft(data: "Data", args: Args, log: "RunLog") -> str:
     """Stage 1: maximum likelihood on demonstrations. Returns: the folder of the SFT model."""
     torch.manual_seed(args.seed)
     policy = load_policy(args.policy_model, args)
     fit("sft", policy, sft_loss, data.demonstrations, args.sft_epochs, args.sft_learning_rate, log)
-    if held_out.demonstrations:
-        nats = held_out_mean(policy, sft_loss, "loss", held_out.demonstrations, args)
+    if data.held_out.demonstrations:
+        nats = held_out_mean(policy, sft_loss, "loss", data.held_out.demonstrations, args)
         log.result("sft/perplexity", math.exp(nats))
     return save_model(log.run_dir / "sft", policy)
 
 
-def train_reward_model(
-    sft: str, data: "Data", held_out: "Data", args: Args, log: "RunLog"
-) -> str:
+def train_reward_model(sft: str, data: "Data", args: Args, log: "RunLog") -> str:
     """Stage 2: Bradley–Terry on comparisons. Returns: the folder of the reward model."""
     torch.manual_seed(args.seed)
     if args.dataset == "reviews":
         policy = load_policy(sft, args)
         compare_own_samples(policy, data, args.num_comparisons, args)
-        if held_out.prompts:
-            compare_own_samples(policy, held_out, 500, args)
+        if data.held_out.prompts:
+            compare_own_samples(policy, data.held_out, 500, args)
     reward_model = load_reward_model(sft, args, new_head=True)
     print_example(reward_model, data.comparisons[0]["prompt"], data.comparisons[0]["chosen"])
     fit("reward_model", reward_model, reward_loss, data.comparisons, args.reward_epochs,
         args.reward_learning_rate, log)
-    if held_out.comparisons:
-        share = held_out_mean(reward_model, reward_loss, "accuracy", held_out.comparisons, args)
+    if comparisons := data.held_out.comparisons:
+        share = held_out_mean(reward_model, reward_loss, "accuracy", comparisons, args)
         log.result("reward_model/accuracy", share)
     return save_model(log.run_dir / "reward_model", reward_model)
 
 
-def train_ppo(
-    sft: str, score: Score, data: "Data", held_out: "Data", args: Args, log: "RunLog"
-) -> None:
+def train_ppo(sft: str, score: Score, data: "Data", args: Args, log: "RunLog") -> None:
     """Stage 3: PPO from the SFT model, with a frozen copy of it as the reference."""
     torch.manual_seed(args.seed)
     policy, reference = load_policy(sft, args), load_policy(sft, args).requires_grad_(False)
@@ -849,7 +790,7 @@ def train_ppo(
          {"params": critic, "peak": args.critic_learning_rate}], eps=args.adam_eps)
     kl_coef, num_iterations = args.kl_coef, args.total_episodes // args.batch_size
     folder = save_model(log.run_dir / "policy", policy)
-    before = evaluate(policy, reference, score, held_out, args)
+    before = evaluate(policy, reference, score, data.held_out, args)
 
     for iteration in range(1, num_iterations + 1):
         times = [now(args.device)]
@@ -859,7 +800,8 @@ def train_ppo(
         seed = 1_000_003 * args.seed + iteration  # depends on --seed and iteration only
         rollout = collect_rollout(policy, reference, prompts, seed, args)
         times.append(now(args.device))
-        rollout.scores = score(rows, policy, rollout)
+        responses, tokens = policy.decode(rollout)
+        rollout.scores = score(rows, responses, tokens, rollout.ended)
         times.append(now(args.device))
         compute_advantages(rollout, kl_coef, args)
         stats = update_policy(policy, optimizer, rollout, kl_coef, data.demonstrations, iteration,
@@ -867,10 +809,10 @@ def train_ppo(
         times.append(now(args.device))
 
         stats |= {"kl_coef": kl_coef, "learning_rate": optimizer.param_groups[0]["lr"]}
-        metrics, records = describe(rollout, rows, policy, args)
+        metrics, records = describe(rollout, rows, responses, tokens, args)
         groups = {"rollout": metrics, "ppo": stats}
         if args.eval_interval and iteration % args.eval_interval == 0:
-            groups["eval"], _ = evaluate(policy, reference, score, held_out, args)
+            groups["eval"], _ = evaluate(policy, reference, score, data.held_out, args)
         log.iteration(iteration, groups, times, records)
         if args.max_kl is not None and metrics["kl"] > args.max_kl:
             print(f"ppo          ends: the KL, {metrics['kl']:.2f} nats, is above --max-kl")
@@ -883,21 +825,21 @@ def train_ppo(
         if iteration % args.save_interval == 0 or iteration == num_iterations:
             save_model(folder, policy)
 
-    after = evaluate(load_policy(folder, args), reference, score, held_out, args)
+    after = evaluate(load_policy(folder, args), reference, score, data.held_out, args)
     log.before_after(before, after)
 
 
 def main(args: Args) -> None:
     """Settings, data, then the three stages."""
     args = resolve_args(args)
-    data, held_out = load_data(args)
+    data = load_data(args)
     score = try_given_models(data, args)  # None if the reward model is still to be trained
     log = RunLog(args)
-    sft = train_sft(data, held_out, args, log) if args.sft_epochs > 0 else args.policy_model
+    sft = train_sft(data, args, log) if args.sft_epochs > 0 else args.policy_model
     if score is None:
-        folder = train_reward_model(sft, data, held_out, args, log)
+        folder = train_reward_model(sft, data, args, log)
         score = Score(load_reward_model(folder, args))
-    train_ppo(sft, score, data, held_out, args, log)
+    train_ppo(sft, score, data, args, log)
     log.writer.close()
 
 
@@ -905,7 +847,7 @@ def main(args: Args) -> None:
 # Part II: plumbing. Nothing below is needed to understand PPO
 # ==================================================================================================
 
-# Rows and tokens ----------------------------------------------------------------------------------
+# Rows, steps and tokens ---------------------------------------------------------------------------
 
 
 def split_rows(rows, size: int) -> list:
@@ -919,9 +861,21 @@ def join_rows(parts: list[Rollout]) -> Rollout:
     return Rollout(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
+def shuffled_minibatches(num_rows: int, size: int, rng: random.Random) -> list[list[int]]:
+    """The numbers of all rows in a random order, in parts of at most size."""
+    return split_rows(rng.sample(range(num_rows), num_rows), size)
+
+
 def count_terms(rows: Rollout | list[dict]) -> int | Tensor:
     """How many terms a mean over these rows has: response tokens, or comparisons."""
     return len(rows) if isinstance(rows, list) else rows.response_mask.sum()
+
+
+def set_learning_rates(optimizer, step: int, num_steps: int, warmup=0, anneal=True) -> None:
+    """Learning rates of step 1 … num_steps: peak · linear warm-up · linear decay to 0."""
+    scale = 1 - (step - 1) / num_steps if anneal else 1.0
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * scale * min(1.0, step / max(1, warmup))
 
 
 def pad_rows(rows: list[list[int]], pad_id: int, side: str, device) -> tuple[Tensor, Tensor]:
@@ -946,7 +900,7 @@ def encode_starts(tokenizer, texts: list[str]) -> list[list[int]]:
     """Token ids of texts that begin a sequence: BOS, or BERT's CLS, is in front exactly once."""
     bos = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     rows = []
-    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+    for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
         while bos is not None and ids[:1] == [bos]:
             ids = ids[1:]
         rows.append(ids if bos is None else [bos, *ids])
@@ -961,24 +915,39 @@ def encode_prompts(tokenizer, prompts: list) -> list[list[int]]:
     return [ids or [tokenizer.eos_token_id] for ids in encode_starts(tokenizer, texts)]
 
 
+def encode_pairs(tokenizer, prompts: list, responses: list[str], ended: list[bool]) -> list:
+    """Token ids of prompts with responses, in the form in which reward models are trained on them.
+
+    A string prompt is followed by the response, and by EOS if the response has ended. Messages
+    go through the model's own chat template; a response that was cut gets no closing tokens."""
+    befores, afters = zip(*(frame(tokenizer, prompt) for prompt in prompts), strict=True)
+    if not isinstance(prompts[0], str):
+        return encode_starts(tokenizer, [
+            before + response + after * whole for before, response, after, whole
+            in zip(befores, responses, afters, ended, strict=True)])
+    encoded = tokenizer(responses, add_special_tokens=False)["input_ids"]
+    closing = tokenizer(afters[0], add_special_tokens=False)["input_ids"]
+    # BERT-like models read prompt and response as a pair of texts: SEP stands between them.
+    sep = [] if tokenizer.sep_token_id is None else [tokenizer.sep_token_id]
+    return [start + sep + ids + closing * whole for start, ids, whole
+            in zip(encode_starts(tokenizer, befores), encoded, ended, strict=True)]
+
+
 def cut_front(tokenizer, ids: list[int], limit: int) -> list[int]:
     """The last `limit` ids; BOS or CLS in front stays, and what follows it is cut."""
+    num_cut = len(ids) - limit
+    if num_cut <= 0:
+        return ids
     num_kept = int(ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id))
-    return ids if len(ids) <= limit else ids[:num_kept] + ids[len(ids) - limit + num_kept :]
+    return ids[:num_kept] + ids[num_kept + num_cut :]
 
 
-class Bfloat16Cache(transformers.DynamicCache):
-    """A KV cache that stores bfloat16, because rotary embeddings return float32 keys."""
+class KVCache(transformers.DynamicCache):
+    """A KV cache that is bfloat16 as a whole: rotary embeddings would make its keys float32."""
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Append the keys and values of new tokens. Returns: those of all tokens."""
-        return super().update(key_states.bfloat16(), value_states.bfloat16(), *args, **kwargs)
-
-
-def new_kv_cache(policy: Policy) -> transformers.DynamicCache:
-    """An empty KV cache."""
-    kind = Bfloat16Cache if policy.args.dtype == "bfloat16" else transformers.DynamicCache
-    return kind(config=policy.lm.config)
+        return super().update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
 
 
 # The embedded task: film reviews from a grammar, and a gold reward that only the annotator sees ---
@@ -1016,14 +985,13 @@ GENRE_NOUNS = {  # nouns that only reviews of that genre may use
 }
 
 
+GRAMMARS = {genre: GRAMMAR | {"noun": f"{GRAMMAR['noun']}|{nouns}"}
+            for genre, nouns in GENRE_NOUNS.items()}
+
+
 def genre_of(prompt: str) -> str:
     """The genre that a prompt names."""
-    return next(word for word in re.findall(r"\w+", prompt) if word in GENRE_NOUNS)
-
-
-def grammar_of(genre: str) -> dict[str, str]:
-    """The grammar of reviews for a genre."""
-    return GRAMMAR | {"noun": f"{GRAMMAR['noun']}|{GENRE_NOUNS[genre]}"}
+    return next(word for word in re.findall(r"\w+", prompt) if word in GRAMMARS)
 
 
 def draw_text(symbol: str, rules: dict[str, str], rng: random.Random) -> str:
@@ -1035,7 +1003,7 @@ def draw_text(symbol: str, rules: dict[str, str], rng: random.Random) -> str:
 @functools.cache
 def text_pattern(symbol: str, genre: str) -> re.Pattern:
     """The regular expression of exactly the texts of symbol; the grammar has no recursion."""
-    text = grammar_of(genre)[symbol].replace(".", r"\.")
+    text = GRAMMARS[genre][symbol].replace(".", r"\.")
     text = re.sub(r"{(\w+)}", lambda match: text_pattern(match[1], genre).pattern, text)
     return re.compile(f"(?:{text})")
 
@@ -1052,18 +1020,19 @@ def gold_reward(prompt: str, response: str, ended: bool) -> float:
     clause; −0.5 per clause beyond three. The annotator of stage 2 compares responses by it, with
     noise; afterwards it is only reported, and never trained on."""
     clauses = [x.strip() for x in re.split(r"[.,]|\band\b|\bwhile\b", response) if x.strip()]
-    patterns = [text_pattern(symbol, genre_of(prompt)) for symbol in ("praise", "scorn")]
-    praise, scorn = (sum(bool(pattern.fullmatch(x)) for x in clauses) for pattern in patterns)
-    sentiment = max(-2, min(2, praise - scorn))
+    praise, scorn = (text_pattern(symbol, genre_of(prompt)) for symbol in ("praise", "scorn"))
+    sentiment = sum(bool(praise.fullmatch(x)) - bool(scorn.fullmatch(x)) for x in clauses)
+    sentiment = max(-2, min(2, sentiment))
     ungrammatical = not is_grammatical(prompt, response, ended)
-    repeated, excess = len(clauses) - len(set(clauses)), max(0, len(clauses) - 3)
-    return sentiment - 2.0 * ungrammatical - repeated - 0.5 * excess
+    num_repeated = len(clauses) - len(set(clauses))
+    num_excess = max(0, len(clauses) - 3)
+    return sentiment - 2.0 * ungrammatical - num_repeated - 0.5 * num_excess
 
 
 def draw_reviews(num_reviews: int, rng: random.Random) -> list[dict]:
     """Demonstrations: praise and scorn with equal probability."""
     prompts = [draw_text("prompt", GRAMMAR, rng) for _ in range(num_reviews)]
-    return [{"prompt": x, "chosen": draw_text("review", grammar_of(genre_of(x)), rng)}
+    return [{"prompt": x, "chosen": draw_text("review", GRAMMARS[genre_of(x)], rng)}
             for x in prompts]
 
 
@@ -1072,17 +1041,15 @@ def compare_own_samples(policy: Policy, data: "Data", num_pairs: int, args: Args
 
     It prefers the first with probability sigmoid(2·(gold₁ − gold₂)) (Bradley–Terry)."""
     rng = random.Random(args.seed)
-    prompts = [row["prompt"] for row in rng.choices(data.prompts, k=num_pairs)]
-    samples = []
-    for _ in range(2):
-        rollout = sample_responses(policy, prompts, rng.getrandbits(32), args)
-        texts, _ = policy.decode(rollout)
-        golds = map(gold_reward, prompts, texts, rollout.ended.tolist())
-        samples.append(zip(texts, golds, strict=True))
-    for prompt, (first, gold), (second, other_gold) in zip(prompts, *samples, strict=True):
-        prefers_first = rng.random() < 1 / (1 + math.exp(2 * (other_gold - gold)))
-        chosen, rejected = (first, second) if prefers_first else (second, first)
-        data.comparisons.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    prompts = [row["prompt"] for row in rng.choices(data.prompts, k=num_pairs)] * 2
+    rollout = sample_responses(policy, prompts, args.seed, args)
+    texts, _ = policy.decode(rollout)
+    golds = list(map(gold_reward, prompts, texts, rollout.ended.tolist()))
+    for i in range(num_pairs):
+        j = i + num_pairs  # the second response to the same prompt
+        prefers_first = rng.random() < 1 / (1 + math.exp(2 * (golds[j] - golds[i])))
+        chosen, rejected = (texts[i], texts[j]) if prefers_first else (texts[j], texts[i])
+        data.comparisons.append({"prompt": prompts[i], "chosen": chosen, "rejected": rejected})
 
 
 def word_tokenizer():
@@ -1103,20 +1070,21 @@ def word_tokenizer():
 
 TURN = "\n\nAssistant:"  # begins an answer in hh-rlhf, where a dialogue is one string
 CHAT_TEMPLATE = (  # the same format, for tokenizers that have no chat template
-    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
-    "{{ '\n\nAssistant: ' + message['content'] + (eos_token or sep_token) }}{% else %}"
-    "{{ '\n\nHuman: ' + message['content'] }}{% endif %}{% endfor %}"
+    "{% for message in messages %}{% set is_answer = message['role'] == 'assistant' %}"
+    "{{ '\n\nAssistant: ' if is_answer else '\n\nHuman: ' }}{{ message['content'] }}"
+    "{% if is_answer %}{{ eos_token or sep_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\nAssistant: ' }}{% endif %}"
 )
 
 
 @dataclass
 class Data:
-    """Rows of text, for training or held out."""
+    """Rows of text."""
 
     prompts: list[dict]  # {prompt, and whatever other columns the data have}
     demonstrations: list[dict]  # {prompt, chosen}
     comparisons: list[dict]  # {prompt, chosen, rejected}
+    held_out: "Data | None" = None  # rows to evaluate on; the others are for training
 
 
 def read_row(row: dict) -> dict | None:
@@ -1177,82 +1145,76 @@ def prompt_key(row: dict) -> str:
     return json.dumps(row["prompt"] or row.get("chosen"))
 
 
-def draw_prompts(rows: list[dict], num_prompts: int, seed: int) -> set[str]:
-    """Keys of num_prompts distinct prompts; empty if there are fewer than 4 times as many."""
-    distinct = list(dict.fromkeys(map(prompt_key, rows)))
-    enough = len(distinct) >= 4 * num_prompts
-    return set(random.Random(seed).sample(distinct, num_prompts)) if enough else set()
-
-
-def load_data(args: Args) -> tuple[Data, Data]:
-    """Returns: training rows, and held-out rows (all rows of --eval-prompts distinct prompts)."""
+def load_data(args: Args) -> Data:
+    """Rows to train on; all rows of --eval-prompts distinct prompts are held out."""
     if args.dataset == "reviews":
         rows = draw_reviews(20_000, random.Random(args.seed))
     else:
         wanted = [{"chosen", "rejected"}, {"prompt"}]
         rows = read_rows("--dataset", args.dataset, args.dataset_split, wanted)
-    keys = draw_prompts(rows, args.eval_prompts, args.seed)
-    if len(keys) < args.eval_prompts:
-        most = len(set(map(prompt_key, rows))) // 4
-        refuse(f"{flag(args, 'eval_prompts')} is more than a quarter of the distinct prompts of "
-               f"{flag(args, 'dataset')}; give {most} or fewer, or 0 to hold out none.")
     demonstrations = rows
     if args.sft_dataset is not None:
         wanted = [{"prompt", "completion"}, {"messages"}, {"text"}]
         demonstrations = read_rows("--sft-dataset", args.sft_dataset, "train", wanted)
-        if not keys & set(map(prompt_key, demonstrations)):  # it has other prompts
-            keys |= draw_prompts(demonstrations, args.eval_prompts, args.seed)
+    keys = set()  # of the prompts that are held out
+    for part in (rows, demonstrations):
+        distinct = list(dict.fromkeys(map(prompt_key, part)))
+        num_held_out = min(args.eval_prompts, len(distinct) // 4)
+        if part is rows and num_held_out < args.eval_prompts:
+            refuse(f"{flag(args, 'eval_prompts')} is more than a quarter of the distinct prompts "
+                   f"of {flag(args, 'dataset')}; give {num_held_out} or fewer.")
+        if not keys & set(distinct):  # --sft-dataset has other prompts
+            keys |= set(random.Random(args.seed).sample(distinct, num_held_out))
     # Drop the answers, then duplicate rows. Equal prompts with another different column stay.
     prompts = [{x: row[x] for x in row if x not in ("chosen", "rejected")} for row in rows]
     prompts = {json.dumps(row, sort_keys=True, default=str): row for row in prompts}
-    data, held_out = Data([], [], []), Data([], [], [])
+    data = Data([], [], [], held_out=Data([], [], []))
     for name, column, part in (("prompts", "prompt", prompts.values()),
                                ("demonstrations", "chosen", demonstrations),
                                ("comparisons", "rejected", rows)):
         for row in part:
             if column in row:
-                getattr(held_out if prompt_key(row) in keys else data, name).append(row)
-    held_out.prompts = list({prompt_key(row): row for row in held_out.prompts}.values())
+                side = data.held_out if prompt_key(row) in keys else data
+                getattr(side, name).append(row)
+    data.held_out.prompts = list({prompt_key(x): x for x in data.held_out.prompts}.values())
     if not data.demonstrations and (args.sft_epochs > 0 or args.ptx_coef > 0):
         refuse(f"{flag(args, 'dataset')} has no demonstrations for {flag(args, 'sft_epochs')} and "
                f"{flag(args, 'ptx_coef')}; give --sft-dataset, or set both to 0.")
-    trains_reward_model = args.reward_model is None and args.reward_fn is None
-    if trains_reward_model and not data.comparisons and args.dataset != "reviews":
+    if args.trains_reward_model and not data.comparisons and args.dataset != "reviews":
         refuse(f"{flag(args, 'dataset')} has no comparisons to train a reward model on; give "
                "--reward-model or --reward-fn.")
-    return data, held_out
+    return data
 
 
 def prompt_batch(rows: list[dict], iteration: int, size: int, seed: int) -> list[dict]:
     """The rows of an iteration (from 1): endless passes over all rows, each in a new order."""
-    first = (iteration - 1) * size
-    epochs = range(first // len(rows), (first + size - 1) // len(rows) + 1)
-    passes = [random.Random(f"{seed} {epoch}").sample(rows, len(rows)) for epoch in epochs]
-    start = first - epochs[0] * len(rows)
-    return list(itertools.chain(*passes))[start : start + size]
+    positions = [divmod(i, len(rows)) for i in range((iteration - 1) * size, iteration * size)]
+    orders = {epoch: random.Random(f"{seed} {epoch}").sample(rows, len(rows))
+              for epoch in {epoch for epoch, _ in positions}}
+    return [orders[epoch][i] for epoch, i in positions]
 
 
 # Loading and saving models ------------------------------------------------------------------------
 
-LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")  # endings of class names in transformers
-
-
-def load_model(flag: str, folder, auto_class, kinds: tuple, args: Args, new: tuple = (), **changes):
-    """A model without dropout and its tokenizer; only weights that are named in new may be missing.
+def load_model(flag: str, folder, kind: str, args: Args, new_head: bool = False):
+    """Load a model "ForCausalLM" or "ForSequenceClassification" without dropout, and its tokenizer.
     """
-    with refusing(flag, folder, f"give a Hub id or a folder of a model of the kind {kinds[0]}"):
-        config = transformers.AutoConfig.from_pretrained(folder, **changes)
-        kind = (config.architectures or ["unknown"])[0]
-        if not kind.endswith(kinds):  # transformers would put a random head on it, and only warn
-            raise ValueError(f"it is a {kind}")
-        if kind.endswith("SequenceClassification") and config.num_labels != 1:
+    with refusing(flag, folder, f"give a Hub id or a folder of a model of the kind {kind}"):
+        config = transformers.AutoConfig.from_pretrained(folder)
+        found = (config.architectures or ["unknown"])[0]
+        if new_head:
+            config.num_labels = 1
+        elif not found.replace("LMHeadModel", "ForCausalLM").endswith(kind):
+            # transformers would make a random head, and only warn
+            raise ValueError(f"it is a {found}")
+        elif kind == "ForSequenceClassification" and config.num_labels != 1:
             raise ValueError(f"it has {config.num_labels} outputs, not one")
         for name, value in vars(config).items():
             if "drop" in name and isinstance(value, float):
                 setattr(config, name, 0.0)  # else old and new log-probabilities would differ
-        model, info = auto_class.from_pretrained(folder, config=config, dtype=torch.float32,
-                                                 output_loading_info=True)
-        if missing := set(info["missing_keys"]) - set(new):
+        model, info = getattr(transformers, f"AutoModel{kind}").from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True)
+        if missing := set(info["missing_keys"]) - ({"score.weight"} if new_head else set()):
             raise ValueError(f"it has no weights for {', '.join(sorted(missing))}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         rows = model.get_input_embeddings().num_embeddings
@@ -1277,8 +1239,7 @@ def load_policy(folder: str | None, args: Args) -> Policy:
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
         lm = transformers.AutoModelForCausalLM.from_config(config).to(args.device).eval()
     else:
-        lm, tokenizer = load_model("--policy-model", folder, transformers.AutoModelForCausalLM,
-                                   LANGUAGE_MODELS, args)
+        lm, tokenizer = load_model("--policy-model", folder, "ForCausalLM", args)
     context = getattr(lm.config.get_text_config(), "max_position_embeddings", 10**9)
     if args.max_prompt_len is None:
         args.max_prompt_len = max(1, min(512, context - args.response_len))
@@ -1292,14 +1253,11 @@ def load_policy(folder: str | None, args: Args) -> Policy:
 
 def load_reward_model(folder: str, args: Args, new_head: bool = False) -> RewardModel:
     """Load a frozen reward model or, with new_head, a trainable one from the SFT model."""
-    auto_class, flag = transformers.AutoModelForSequenceClassification, "--reward-model"
+    model, tokenizer = load_model("--reward-model", folder, "ForSequenceClassification", args,
+                                  new_head)
     if new_head:
-        model, tokenizer = load_model(flag, folder, auto_class, LANGUAGE_MODELS, args,
-                                      new=("score.weight",), num_labels=1)
         nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.config.hidden_size + 1))
         tokenizer.model_max_length = args.max_prompt_len + args.response_len
-    else:
-        model, tokenizer = load_model(flag, folder, auto_class, ("SequenceClassification",), args)
     pad_is_eos = tokenizer.pad_token_id in (None, tokenizer.eos_token_id)
     if model.config.pad_token_id is None or (new_head and pad_is_eos):
         # Causal classifiers read the score at the last token that is not PAD. If PAD were EOS, that
@@ -1309,6 +1267,34 @@ def load_reward_model(folder: str, args: Args, new_head: bool = False) -> Reward
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
     return RewardModel(model.requires_grad_(new_head), tokenizer, args)
+
+
+class RewardFunction:
+    """--reward-fn: f(prompts, responses, ...); further parameters get columns of their names."""
+
+    def __init__(self, name: str):
+        path, _, function_name = name.rpartition(":")
+        sys.path.insert(0, str(Path(path).resolve().parent))  # the file may import its neighbours
+        self.function = runpy.run_path(path)[function_name]
+        self.further = list(inspect.signature(self.function).parameters)[2:]
+
+    def score(self, rows: list[dict], responses: list, tokens: list, ended: list) -> Tensor:
+        """Scores (batch,), or (batch, response_len) if the function returns a list per response."""
+        columns = {name: tokens if name == "tokens" else [row[name] for row in rows]
+                   for name in self.further}
+        scores = self.function([row["prompt"] for row in rows], responses, **columns)
+        if len(scores) != len(responses):
+            raise ValueError(f"it returned {len(scores)} scores for {len(responses)} responses")
+        found = []
+        for response, strings, score in zip(responses, tokens, scores, strict=True):
+            try:
+                numbers = torch.tensor(score, dtype=torch.float32)  # (), or (response_len,)
+            except (TypeError, ValueError):
+                numbers = torch.tensor(math.nan)
+            if numbers.shape not in ((), (len(strings),)) or not numbers.isfinite().all():
+                raise ValueError(f"it returned {score} for {response!r} of {len(strings)} tokens")
+            found.append(numbers)
+        return torch.stack(found) if found[0].dim() == 0 else nn.utils.rnn.pad_sequence(found, True)
 
 
 def can_start_critic(source: RewardModel | RewardFunction, policy: Policy) -> bool:
@@ -1329,6 +1315,12 @@ def context_len(reward_model: RewardModel) -> int:
     if hasattr(embeddings, "padding_idx"):  # RoBERTa's positions start at padding_idx + 1
         limit -= embeddings.padding_idx + 1
     return min(limit, reward_model.tokenizer.model_max_length)
+
+
+def print_example(reward_model: RewardModel, prompt: str | list[dict], response: str) -> None:
+    """Print one text as the reward model reads it."""
+    ids = reward_model.encode([prompt], [response], [True])[0]
+    print(f"reward input {reward_model.tokenizer.decode(ids)!r}")
 
 
 def save_model(folder: Path, model: Policy | RewardModel) -> str:
@@ -1361,7 +1353,7 @@ def try_given_models(data: Data, args: Args) -> Score | None:
                             for ids in tokenizer(part, add_special_tokens=False)["input_ids"])
     print(f"data         {len(prompts)} prompts, {num_cut} of them cut to {args.max_prompt_len} "
           f"tokens; {len(texts)} responses, {num_cut_texts} of them cut to {args.response_len}")
-    if args.reward_fn is None and args.reward_model is None:
+    if args.trains_reward_model:
         return None
     rows = data.prompts[:2]  # there are no responses yet: use the prompts' own text
     responses = [x if isinstance(x, str) else x[-1]["content"] for x in prompts[:2]]
@@ -1379,12 +1371,6 @@ def try_given_models(data: Data, args: Args) -> Score | None:
     if isinstance(source, RewardModel):
         print_example(source, prompts[0], responses[0])
     return Score(source)
-
-
-def print_example(reward_model: RewardModel, prompt: str | list[dict], response: str) -> None:
-    """Print one text as the reward model reads it."""
-    ids = reward_model.encode([prompt], [response], [True])[0]
-    print(f"reward input {reward_model.tokenizer.decode(ids)!r}")
 
 
 # Settings -----------------------------------------------------------------------------------------
@@ -1432,7 +1418,6 @@ def resolve_args(args: Args) -> Args:
             if getattr(args, name) is not None and not holds(getattr(args, name)):
                 refuse(f"{flag(args, name)} is out of range; it must be {wanted}.")
     embedded, scratch = args.dataset == "reviews", args.policy_model is None
-    trains_reward_model = args.reward_model is None and args.reward_fn is None
     learning_rate = args.learning_rate or (1e-4 if scratch else 3e-6)
     data_name, now = Path(args.dataset).name.split(".")[0], time.strftime("%Y%m%d-%H%M%S")
     defaults = {
@@ -1443,8 +1428,9 @@ def resolve_args(args: Args) -> Args:
         "learning_rate": learning_rate,
         # At the policy's rate the critic follows too slowly: explained_variance stays below 0.
         "critic_learning_rate": 10 * learning_rate,
+        # Most gradients of a large model are below 1e-5, which would shorten its steps.
         "adam_eps": 1e-5 if scratch else 1e-8,
-        "score_norm": "sft" if trains_reward_model else None,  # else try_given_models decides
+        "score_norm": "sft" if args.trains_reward_model else None,  # else try_given_models decides
         "microbatch_size": args.minibatch_size,
         "run_name": f"{data_name}__{args.seed}__{now}",
     }
@@ -1465,7 +1451,7 @@ def resolve_args(args: Args) -> Args:
          f"{flag(args, 'reward_fn')} and {flag(args, 'reward_model')}: drop one of them."),
         (args.sft_epochs == 0 and scratch,
          "--sft-epochs 0 leaves a random policy; give the SFT model as --policy-model."),
-        (args.reward_epochs == 0 and trains_reward_model,
+        (args.reward_epochs == 0 and args.trains_reward_model,
          "--reward-epochs 0 leaves a random reward model; give --reward-model or --reward-fn."),
         (args.device == "cuda" and not torch.cuda.is_available(),
          "--device cuda: PyTorch finds no CUDA device; use --device cpu."),
@@ -1481,9 +1467,11 @@ def resolve_args(args: Args) -> Args:
 # Evaluation and log -------------------------------------------------------------------------------
 
 
-def describe(rollout: Rollout, rows: list[dict], policy: Policy, args: Args) -> tuple[dict, list]:
+def describe(
+    rollout: Rollout, rows: list[dict], responses: list[str], tokens: list, args: Args
+) -> tuple[dict, list]:
     """Metrics of a batch, and a record of each response: text, score, KL in nats, gold."""
-    mask, (texts, tokens) = rollout.response_mask, policy.decode(rollout)
+    mask = rollout.response_mask
     kl = kl_penalty(rollout.old_logprobs, rollout.ref_logprobs, "k1")
     kl = torch.where(mask, kl, 0).sum(dim=1)  # (batch,)
     scores = rollout.scores if rollout.scores.dim() == 1 else rollout.scores.sum(dim=1)  # (batch,)
@@ -1499,7 +1487,7 @@ def describe(rollout: Rollout, rows: list[dict], policy: Policy, args: Args) -> 
         "entropy": masked_mean(rollout.entropies, mask).item(),
         "distinct_2": len(set(bigrams)) / max(1, len(bigrams)),
     }
-    columns = {"prompt": [row["prompt"] for row in rows], "response": texts,
+    columns = {"prompt": [row["prompt"] for row in rows], "response": responses,
                "ended": rollout.ended.tolist(), "score": scores.tolist(), "kl": kl.tolist()}
     if rollout.rewards is not None:
         metrics["rewards_mean"] = masked_mean(rollout.rewards, mask).item()
@@ -1507,8 +1495,8 @@ def describe(rollout: Rollout, rows: list[dict], policy: Policy, args: Args) -> 
     if args.dataset == "reviews":
         facts = columns["prompt"], columns["response"], columns["ended"]
         columns["gold"] = list(map(gold_reward, *facts))
-        metrics["gold_mean"] = sum(columns["gold"]) / len(texts)
-        metrics["grammatical"] = sum(map(is_grammatical, *facts)) / len(texts)
+        metrics["gold_mean"] = sum(columns["gold"]) / len(rows)
+        metrics["grammatical"] = sum(map(is_grammatical, *facts)) / len(rows)
     records = [dict(zip(columns, x, strict=True)) for x in zip(*columns.values(), strict=True)]
     return metrics, records
 
@@ -1532,8 +1520,9 @@ def evaluate(
         return {}, []
     prompts = [row["prompt"] for row in held_out.prompts]
     rollout = collect_rollout(policy, reference, prompts, args.seed, args)
-    rollout.scores = score(held_out.prompts, policy, rollout)
-    metrics, records = describe(rollout, held_out.prompts, policy, args)
+    responses, tokens = policy.decode(rollout)
+    rollout.scores = score(held_out.prompts, responses, tokens, rollout.ended)
+    metrics, records = describe(rollout, held_out.prompts, responses, tokens, args)
     if held_out.demonstrations:  # has PPO unlearnt what SFT taught?
         nats = held_out_mean(policy, sft_loss, "loss", held_out.demonstrations, args)
         metrics["perplexity"] = math.exp(nats)
@@ -1547,18 +1536,6 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def peak_memory_gb(device: str) -> float:
-    """Most memory in use so far: of the GPU, or of this process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    try:
-        import resource
-    except ImportError:  # there is no such module on Windows
-        return 0.0
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes / (1e9 if sys.platform == "darwin" else 1e6)  # macOS counts bytes
-
-
 class RunLog:
     """The files of a run: args.json, TensorBoard events, metrics, samples, before and after."""
 
@@ -1570,11 +1547,12 @@ class RunLog:
         (self.run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
         self.writer = SummaryWriter(str(self.run_dir))
         settings = {name: x for name, x in asdict(args).items() if x != getattr(Args, name)}
-        print(f"settings     {json.dumps(settings)}\nplan         "
-              f"{args.total_episodes // args.batch_size} iterations x {args.batch_size} "
-              f"responses, trained on in {args.update_epochs} epochs x "
-              f"{args.batch_size // args.minibatch_size} steps of {args.minibatch_size}, in "
-              f"microbatches of {args.microbatch_size}")
+        print(f"settings     {json.dumps(settings)}")
+        self.num_iterations = args.total_episodes // args.batch_size
+        num_steps = args.batch_size // args.minibatch_size
+        print(f"plan         {self.num_iterations} iterations x {args.batch_size} responses, "
+              f"trained on in {args.update_epochs} epochs x {num_steps} steps of "
+              f"{args.minibatch_size}, in microbatches of {args.microbatch_size}")
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """One point on each curve of TensorBoard."""
@@ -1597,7 +1575,8 @@ class RunLog:
         seconds = [end - start for start, end in itertools.pairwise(times)]
         groups["perf"] = dict(zip(("rollout_s", "score_s", "update_s"), seconds, strict=True))
         groups["perf"]["episodes_per_s"] = args.batch_size / sum(seconds)
-        groups["perf"]["peak_memory_gb"] = peak_memory_gb(args.device)
+        if args.device == "cuda":
+            groups["perf"]["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         scalars = {f"{group}/{name}": x for group in groups for name, x in groups[group].items()}
         self.scalars(scalars, episodes)
         counters = {"iteration": number, "episodes": episodes}
@@ -1607,18 +1586,17 @@ class RunLog:
                  "explained_variance": ".2f", "episodes_per_s": ".0f"}
         values = groups["rollout"] | groups["ppo"] | groups["perf"]
         line = [f"{name} {values[name]:{form}}" for name, form in shown.items() if name in values]
-        line.insert(0, f"ppo {number:>4}/{args.total_episodes // args.batch_size}")
-        print(" | ".join(line), flush=True)
+        print(" | ".join([f"ppo {number:>4}/{self.num_iterations}", *line]), flush=True)
         if args.dtype == "float32" and values["ratio_first"] > 1.001:
             print(f"warning: the ratio starts at {values['ratio_first']}, not 1: old and new "
                   "log-probabilities are computed differently; is the model deterministic?")
         if number % args.save_interval == 0:
             self.append("samples.jsonl", [counters | record for record in records[:2]])
-            for record in records[:2]:
-                self.writer.add_text("samples", str(record), episodes)
-                print(f"      {str(record['prompt'])[-60:]!r} -> {record['response']!r}")
-                print(f"      score {record['score']:.2f}, KL {record['kl']:.2f} nats, "
-                      f"total {record['total']:.2f}")
+            for x in records[:2]:
+                text = (f"      {str(x['prompt'])[-60:]!r} -> {x['response']!r}\n      score "
+                        f"{x['score']:.2f}, KL {x['kl']:.2f} nats, total {x['total']:.2f}")
+                print(text)
+                self.writer.add_text("samples", text, episodes)
 
     def before_after(self, before: tuple, after: tuple) -> None:
         """Print the final table and two examples; write all pairs to a file."""
@@ -1627,7 +1605,7 @@ class RunLog:
             return
         key = "gold" if "gold" in new_records[0] else "score"
         pairs = list(zip(old_records, new_records, strict=True))
-        wins = [(new[key] > old[key]) + 0.5 * (new[key] == old[key]) for old, new in pairs]
+        wins = [0.5 if new[key] == old[key] else float(new[key] > old[key]) for old, new in pairs]
         old_metrics[f"win rate by {key}"] = 0.5
         new_metrics[f"win rate by {key}"] = sum(wins) / len(wins)
         print(f"\n{f'{len(pairs)} held-out prompts':<24}{'SFT':>9}{'PPO':>9}")

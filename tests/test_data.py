@@ -122,7 +122,7 @@ def test_rows_without_one_common_prompt_and_two_answers_are_not_used(row):
 
 def rows_of(path, **settings):
     """The comparisons of a file, all on the training side."""
-    return load_data(Args(dataset=str(path), eval_prompts=0, **settings))[0].comparisons
+    return load_data(Args(dataset=str(path), eval_prompts=0, **settings)).comparisons
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
@@ -192,14 +192,16 @@ def data_args(tmp_path):
 
 
 def test_no_prompt_is_on_both_sides(data_args):
-    data, held_out = load_data(data_args)
+    data = load_data(data_args)
+    held_out = data.held_out
     trained = prompts_of(data.prompts + data.demonstrations + data.comparisons)
     seen = prompts_of(held_out.prompts + held_out.demonstrations + held_out.comparisons)
     assert len(trained) == 30 and len(seen) == 10 and not trained & seen
 
 
 def test_every_row_is_on_one_side_and_an_evaluation_prompt_is_asked_once(data_args):
-    data, held_out = load_data(data_args)
+    data = load_data(data_args)
+    held_out = data.held_out
     assert len(data.comparisons) == len(data.demonstrations) == 60
     assert len(held_out.comparisons) == len(held_out.demonstrations) == 20
     assert len(data.prompts) == 60 and len(held_out.prompts) == 10
@@ -208,17 +210,19 @@ def test_every_row_is_on_one_side_and_an_evaluation_prompt_is_asked_once(data_ar
 def test_demonstrations_for_sft_of_a_held_out_prompt_are_held_out_too(data_args, tmp_path):
     rows = [{"prompt": f"a {i}", "completion": "good"} for i in range(50)]
     args = replace(data_args, sft_dataset=write(tmp_path / "sft.jsonl", rows))
-    data, held_out = load_data(args)
+    data = load_data(args)
+    held_out = data.held_out
     assert prompts_of(held_out.demonstrations) == prompts_of(held_out.prompts)
     assert len(data.demonstrations) == 40 and len(held_out.demonstrations) == 10
 
 
-@pytest.mark.parametrize(("num_rows", "num_held_out"), [(40, 10), (39, 0)])
-def test_demonstrations_with_prompts_of_their_own_are_held_out_if_there_are_enough(
+@pytest.mark.parametrize(("num_rows", "num_held_out"), [(40, 10), (39, 9)])
+def test_demonstrations_with_prompts_of_their_own_are_held_out_too_at_most_a_quarter(
     data_args, tmp_path, num_rows, num_held_out
 ):
     rows = [{"prompt": f"b {i}", "completion": "good"} for i in range(num_rows)]
-    data, held_out = load_data(replace(data_args, sft_dataset=write(tmp_path / "sft.jsonl", rows)))
+    data = load_data(replace(data_args, sft_dataset=write(tmp_path / "sft.jsonl", rows)))
+    held_out = data.held_out
     assert len(held_out.demonstrations) == num_held_out
     assert len(data.demonstrations) == num_rows - num_held_out
     assert not prompts_of(data.demonstrations) & prompts_of(held_out.demonstrations)
@@ -226,7 +230,8 @@ def test_demonstrations_with_prompts_of_their_own_are_held_out_if_there_are_enou
 
 def test_texts_without_a_prompt_are_held_out_one_by_one(data_args, tmp_path):
     rows = [{"text": f"the plot {i}"} for i in range(40)]
-    data, held_out = load_data(replace(data_args, sft_dataset=write(tmp_path / "sft.jsonl", rows)))
+    data = load_data(replace(data_args, sft_dataset=write(tmp_path / "sft.jsonl", rows)))
+    held_out = data.held_out
     assert (len(data.demonstrations), len(held_out.demonstrations)) == (30, 10)
 
 
@@ -238,7 +243,8 @@ def test_too_few_distinct_prompts_are_refused_with_the_number_that_would_do(data
 
 
 def test_without_evaluation_prompts_nothing_is_held_out(data_args):
-    data, held_out = load_data(replace(data_args, eval_prompts=0))
+    data = load_data(replace(data_args, eval_prompts=0))
+    held_out = data.held_out
     assert len(data.comparisons) == len(data.demonstrations) == len(data.prompts) == 80
     assert held_out.prompts == held_out.demonstrations == held_out.comparisons == []
 
@@ -247,12 +253,12 @@ def test_equal_prompts_stay_apart_if_another_column_differs(tmp_path):
     rows = [{"prompt": "a", "answer": i % 3} for i in range(9)]
     args = Args(dataset=write(tmp_path / "data.jsonl", rows), eval_prompts=0, sft_epochs=0,
                 reward_fn="f.py:f")
-    data, _ = load_data(args)
+    data = load_data(args)
     assert data.prompts == [{"prompt": "a", "answer": i} for i in range(3)]
 
 
 def test_the_seed_chooses_the_evaluation_prompts(data_args):
-    first, same, other = (prompts_of(load_data(replace(data_args, seed=seed))[1].prompts)
+    first, same, other = (prompts_of(load_data(replace(data_args, seed=seed)).held_out.prompts)
                           for seed in (1, 1, 2))
     assert first == same != other
 

@@ -43,7 +43,7 @@ METRIC_KEYS = """rollout/score_mean rollout/score_std rollout/score_len_corr rol
 rollout/rewards_mean rollout/response_len rollout/eos_share rollout/entropy rollout/distinct_2
 ppo/policy_loss ppo/value_loss ppo/entropy ppo/approx_kl ppo/clipfrac ppo/vf_clipfrac
 ppo/ratio_first ppo/ratio_max ppo/explained_variance ppo/grad_norm ppo/kl_coef ppo/learning_rate
-perf/episodes_per_s perf/rollout_s perf/score_s perf/update_s perf/peak_memory_gb"""
+perf/episodes_per_s perf/rollout_s perf/score_s perf/update_s"""
 KEYS = set(METRIC_KEYS.split())
 EVAL_KEYS = {x.replace("rollout/", "eval/") for x in KEYS if x.startswith("rollout/")}
 EVAL_KEYS = EVAL_KEYS - {"eval/rewards_mean"} | {"eval/perplexity"}
@@ -217,7 +217,7 @@ def test_metrics_have_the_keys_of_the_contract_and_a_time(full):
     rows = read_rows(full.folder / "metrics.jsonl")
     assert set(rows[0]) == KEYS | {"iteration", "episodes", "wall_time"}
     times = [row["wall_time"] for row in rows]
-    assert times == sorted(times) and all(row["perf/peak_memory_gb"] > 0 for row in rows)
+    assert times == sorted(times)
 
 
 def test_ptx_adds_one_key_to_the_metrics(ppo_runs):
@@ -308,15 +308,6 @@ def test_a_script_prints_only_what_is_ours(args, tmp_path):
     bars = re.split(r"[\r\n]+", ended.stderr.strip())
     assert all(line.startswith(("sft:", "reward_model:")) for line in bars), ended.stderr
     assert not re.search(r"it/s|Warning|shards|Loading|Generating", ended.stdout)
-
-
-def test_a_run_works_where_the_module_resource_does_not_exist(ppo_runs, ppo_args, monkeypatch):
-    usual = ppo_runs()
-    monkeypatch.setitem(sys.modules, "resource", None)  # importing it now fails, as on Windows
-    run = start(ppo_args)
-    assert run.metrics == usual.metrics
-    rows = [read_rows(x.folder / "metrics.jsonl")[0] for x in (usual, run)]
-    assert rows[0]["perf/peak_memory_gb"] > 0.05 and rows[1]["perf/peak_memory_gb"] == 0
 
 
 # The three stages: what is trained, what is frozen ------------------------------------------------
@@ -559,7 +550,7 @@ def table(run):
 
 
 def test_the_answers_are_one_before_and_one_after_to_every_held_out_prompt(full, args):
-    _, held_out = load_data(resolve_args(args))
+    held_out = load_data(resolve_args(args)).held_out
     assert {row["prompt"] for row in full.answers} == {row["prompt"] for row in held_out.prompts}
     for row in full.answers:
         assert set(row) == {"prompt", "sft", "ppo"}
@@ -587,10 +578,10 @@ def test_the_last_evaluation_is_the_last_column_of_the_table(full):
 
 
 def test_the_perplexity_in_the_table_is_that_of_held_out_demonstrations(full, args):
-    _, held_out = load_data(resolve_args(args))
+    held_out = load_data(resolve_args(args)).held_out
     policy = load_policy(str(full.folder / "sft"), resolve_args(replace(args, run_name="none")))
     rows = policy.collate(held_out.demonstrations)
-    logprobs, _, _ = policy(rows.sequence_ids, rows.sequence_mask, rows.response_mask.shape[1], 1.0)
+    logprobs, _, _ = policy(rows, 1.0)
     expected = math.exp(-logprobs[rows.response_mask].mean().item())
     assert table(full)["perplexity"][0] == pytest.approx(expected, rel=1e-3)
     shown = float(re.search(r"sft/perplexity .*?(\d+\.\d+)", full.console)[1])
@@ -746,7 +737,7 @@ REVIEWS = Args(eval_prompts=16, num_comparisons=64, total_episodes=256, batch_si
 @pytest.fixture(scope="session")
 def review_rows():
     """The demonstrations of the embedded task."""
-    data, _ = load_data(resolve_args(replace(REVIEWS, eval_prompts=0)))
+    data = load_data(resolve_args(replace(REVIEWS, eval_prompts=0)))
     return data.demonstrations
 
 
@@ -791,13 +782,13 @@ def test_gold_is_reported_and_never_trained_on(reviews, review_rows, folder):
 @pytest.fixture(scope="session")
 def compared(reviews, review_rows, tmp_path_factory):
     """Stage 2 alone. Returns: what it was given, now with comparisons, and what it has reported."""
-    data, held_out = (SimpleNamespace(prompts=rows, comparisons=[])
-                      for rows in (review_rows[:100], review_rows[100:120]))
+    data, data.held_out = (SimpleNamespace(prompts=rows, comparisons=[])
+                           for rows in (review_rows[:100], review_rows[100:120]))
     args, results = resolve_args(REVIEWS), {}
     log = SimpleNamespace(args=args, run_dir=tmp_path_factory.mktemp("stage2"),
                           result=results.__setitem__, scalars=lambda *x: None)
-    train_reward_model(str(reviews.folder / "sft"), data, held_out, args, log)
-    return data, held_out, results
+    train_reward_model(str(reviews.folder / "sft"), data, args, log)
+    return data, data.held_out, results
 
 
 def test_the_reward_model_is_judged_on_samples_to_held_out_prompts(compared):

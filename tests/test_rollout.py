@@ -75,11 +75,6 @@ def chain(rows, **settings):
     return make_policy(TableModel(table), **settings)
 
 
-def inputs(rows):
-    """What Policy.forward reads of a Rollout, at temperature 1."""
-    return rows.sequence_ids, rows.sequence_mask, rows.response_mask.shape[1], 1.0
-
-
 def real_ids(rows, i):
     """Row i without padding: ids of the prompt, ids of the response."""
     response_len = int(rows.response_mask[i].sum())
@@ -131,7 +126,7 @@ def rows():
 def test_ragged_rows_have_the_logprobs_of_the_unpadded_model(models, rows, checkpointing):
     args = Args(gradient_checkpointing=checkpointing, max_prompt_len=8, device="cpu", **ROWS)
     policy = load_policy(models[0], args)
-    logprobs, _, _ = policy.train(checkpointing)(*inputs(rows))
+    logprobs, _, _ = policy.train(checkpointing)(rows, 1.0)
     for i in range(3):
         expected = own_logprobs(policy.lm.eval(), *real_ids(rows, i))
         assert torch.allclose(logprobs[i][rows.response_mask[i]], expected, atol=1e-5)
@@ -141,7 +136,7 @@ def test_ragged_rows_have_the_logprobs_of_the_unpadded_model(models, rows, check
 def test_a_shared_critic_reads_the_unpadded_hidden_states(models, rows, checkpointing):
     args = Args(gradient_checkpointing=checkpointing, max_prompt_len=8, device="cpu", **ROWS)
     policy = with_value_head(load_policy(models[0], args))
-    _, _, values = policy.train(checkpointing)(*inputs(rows))
+    _, _, values = policy.train(checkpointing)(rows, 1.0)
     for i in range(3):
         prompt, response = real_ids(rows, i)
         output = policy.lm.eval()(torch.cat([prompt, response])[None], output_hidden_states=True)
@@ -155,7 +150,7 @@ def test_a_separate_critic_starts_as_the_score_of_the_text_so_far(models, rows, 
                 critic="separate", **ROWS)
     policy, reward_model = load_policy(models[0], args), load_reward_model(models[1], args)
     policy.add_critic(Score(reward_model, offset=0.5, scale=2.0))
-    _, _, values = policy.train(checkpointing)(*inputs(rows))
+    _, _, values = policy.train(checkpointing)(rows, 1.0)
     for i in range(3):
         prompt, response = real_ids(rows, i)
         for t in range(len(response)):
@@ -170,7 +165,7 @@ def test_a_separate_critic_without_a_reward_model_starts_from_the_policys_trunk(
     shared = with_value_head(make_policy(policy.lm, **ROWS))
     policy.add_critic(Score(None))
     torch.nn.init.ones_(policy.value_head.weight)
-    assert torch.allclose(policy(*inputs(rows))[2], shared(*inputs(rows))[2], atol=1e-5)
+    assert torch.allclose(policy(rows, 1.0)[2], shared(rows, 1.0)[2], atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [16, 32])  # the policy's is 16
@@ -180,21 +175,23 @@ def test_a_separate_critic_has_the_width_of_its_reward_model(rows, width):
     policy.add_critic(Score(reward_model))
     prompt = real_ids(rows, 0)[0]
     score = reward_model.classifier(prompt[None]).logits[0, 0]
-    assert abs(policy(*inputs(rows))[2][0, 0] - score) < 1e-5
+    assert abs(policy(rows, 1.0)[2][0, 0] - score) < 1e-5
 
 
 def test_a_critic_does_not_start_from_a_reward_model_that_is_too_short_for_the_rows(rows):
     policy = make_policy(make_lm("GPT2"), critic="separate")
     policy.add_critic(Score(reward_model_of(make_reward_model("GPT2", n_positions=4))))
-    assert (policy(*inputs(rows))[2] == 0).all()  # as from the policy's own trunk
+    assert (policy(rows, 1.0)[2] == 0).all()  # as from the policy's own trunk
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 @pytest.mark.parametrize("family", ["GPT2", "Llama"])
 def test_more_padding_on_either_side_changes_nothing(rows, family, critic):
     policy = with_value_head(make_policy(make_lm(family), critic=critic, **ROWS))
-    ids, mask = (torch.nn.functional.pad(x, (8, 3)) for x in inputs(rows)[:2])
-    for narrow, wide in zip(policy(*inputs(rows)), policy(ids, mask, 7, 1.0), strict=True):
+    pad = torch.nn.functional.pad
+    padded = Rollout(pad(rows.sequence_ids, (8, 3)), pad(rows.sequence_mask, (8, 3)),
+                     pad(rows.response_mask, (0, 3)))
+    for narrow, wide in zip(policy(rows, 1.0), policy(padded, 1.0), strict=True):
         real = rows.response_mask
         assert torch.allclose(narrow[real], wide[:, :4][real], atol=1e-5)
 
@@ -203,7 +200,7 @@ def test_every_number_is_read_one_position_before_its_token():
     # Token t's log-probability is row (token t − 1) of the table; the value is its position.
     policy = make_policy(TableModel(torch.randn(16, 16)))
     rows = policy.encode(["a", "b c"], ["d", "a"])  # 10 | 13 EOS and 11 12 | 10 EOS
-    logprobs, _, values = with_value_head(policy)(*inputs(rows))
+    logprobs, _, values = with_value_head(policy)(rows, 1.0)
     logits = policy.lm.table.detach().clone()
     logits[:, 0] = -1e30  # PAD has probability zero
     table = logits.log_softmax(-1)
@@ -213,7 +210,7 @@ def test_every_number_is_read_one_position_before_its_token():
 
 
 def test_behind_a_response_the_logprobs_are_zero(rows):
-    assert (make_policy()(*inputs(rows))[0][~rows.response_mask] == 0).all()
+    assert (make_policy()(rows, 1.0)[0][~rows.response_mask] == 0).all()
 
 
 def test_the_whole_model_with_a_softcap_is_read_not_only_its_head():
@@ -221,7 +218,7 @@ def test_the_whole_model_with_a_softcap_is_read_not_only_its_head():
     rows = policy.encode(["the"], ["plot"])
     hidden = policy.lm(rows.sequence_ids, output_hidden_states=True).hidden_states[-1]
     bare = policy.lm.get_output_embeddings()(hidden)[0, 0].log_softmax(-1)[5]  # 5 is "plot"
-    assert abs(policy(*inputs(rows))[0][0, 0] - bare) > 1e-3
+    assert abs(policy(rows, 1.0)[0][0, 0] - bare) > 1e-3
 
 
 @pytest.mark.parametrize("family", ["GPT2", "GPTNeoX", "Llama"])
@@ -232,11 +229,11 @@ def test_a_loaded_policy_has_no_dropout_although_its_saved_config_has(family, ro
     policy = load_policy(folder, Args(max_prompt_len=8, device="cpu", **ROWS)).train()
     assert all(not value for name, value in vars(policy.lm.config).items() if "drop" in name)
     assert all(x.p == 0 for x in policy.modules() if isinstance(x, torch.nn.Dropout))
-    assert torch.equal(policy(*inputs(rows))[0], policy(*inputs(rows))[0])
+    assert torch.equal(policy(rows, 1.0)[0], policy(rows, 1.0)[0])
 
 
 def test_bfloat16_changes_the_products_but_returns_float32(rows):
-    exact, rounded = (make_policy(dtype=x)(*inputs(rows))[0] for x in ("float32", "bfloat16"))
+    exact, rounded = (make_policy(dtype=x)(rows, 1.0)[0] for x in ("float32", "bfloat16"))
     assert rounded.dtype == torch.float32
     assert 0 < (exact - rounded).abs().max() < 1
 
@@ -782,10 +779,8 @@ def test_the_penalty_for_a_missing_eos_stands_at_the_last_token_of_a_cut_respons
 
 
 def test_scores_are_normalised_by_score():
-    policy = chain(ENDINGS)
-    rollout = sample_responses(policy, ["a", "b"], 0, policy.args)
     score = Score(Numbers(8.0, 2.0), offset=2.0, scale=3.0)
-    assert score([{}, {}], policy, rollout).tolist() == [2.0, 0.0]
+    assert score([{}, {}], [], [], torch.ones(2)).tolist() == [2.0, 0.0]
 
 
 def test_normalised_scores_are_clipped_before_the_penalty():

@@ -198,7 +198,7 @@ def test_the_loss_is_the_weighted_sum_of_its_four_terms():
     policy, rollout = moved_setting(kl_in="loss", kl_estimator="k2", ent_coef=0.1, vf_coef=0.5)
     stats, _ = step(policy, ppo_part(policy, rollout, kl_coef=0.3))
     mask = rollout.response_mask
-    logprobs, _, _ = policy(rollout.sequence_ids, rollout.sequence_mask, mask.shape[1], 1.0)
+    logprobs, _, _ = policy(rollout, 1.0)
     kl = masked_mean(kl_penalty(logprobs, rollout.ref_logprobs, "k2"), mask).item()
     expected = (stats["policy_loss"] + 0.5 * stats["value_loss"] - 0.1 * stats["entropy"]
                 + 0.3 * kl)
@@ -251,7 +251,7 @@ def test_the_kl_in_the_loss_pulls_the_new_policy_to_the_reference():
     _, observed = step(policy, ppo_part(policy, rollout, kl_coef=0.3))
 
     def kl_alone(policy, rows):
-        logprobs, _, _ = policy(rows.sequence_ids, rows.sequence_mask, mask.shape[1], 1.0)
+        logprobs, _, _ = policy(rows, 1.0)
         return {"loss": 0.3 * masked_mean(kl_penalty(logprobs, rows.ref_logprobs, "k2"), mask)}
 
     _, expected = step(policy, (kl_alone, rollout, 1.0))
@@ -401,7 +401,7 @@ def test_a_good_response_becomes_likelier_and_a_bad_one_less_likely():
     policy, rollout = setting()
     update(policy, torch.optim.Adam(policy.parameters(), lr=1e-2), rollout)
     mask = rollout.response_mask
-    new, _, _ = policy(rollout.sequence_ids, rollout.sequence_mask, mask.shape[1], 1.0)
+    new, _, _ = policy(rollout, 1.0)
     moved = (new - rollout.old_logprobs) * rollout.advantages
     assert moved[mask].sum() > 0
 
@@ -411,7 +411,7 @@ def test_the_entropy_bonus_raises_the_entropy():
     rollout.advantages = torch.zeros_like(rollout.advantages)  # nothing else to learn from
     update(policy, torch.optim.Adam(policy.parameters(), lr=1e-2), rollout)
     mask = rollout.response_mask
-    _, after, _ = policy(rollout.sequence_ids, rollout.sequence_mask, mask.shape[1], 1.0)
+    _, after, _ = policy(rollout, 1.0)
     assert after[mask].mean() > rollout.entropies[mask].mean()
 
 
@@ -525,17 +525,11 @@ def test_a_loss_that_is_not_finite_names_stage_and_step():
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_a_held_out_mean_is_taken_over_tokens_whatever_the_microbatch(size):
     policy = without_dropout(**UPDATE | {"microbatch_size": size})
-    logprobs, _, _ = policy(*policy_inputs(policy))
-    mask = policy.collate(DEMONSTRATIONS).response_mask
-    expected = -logprobs[mask].mean().item()
+    rows = policy.collate(DEMONSTRATIONS)
+    logprobs, _, _ = policy(rows, 1.0)
+    expected = -logprobs[rows.response_mask].mean().item()
     found = held_out_mean(policy, sft_loss, "loss", DEMONSTRATIONS, policy.args)
     assert found == pytest.approx(expected, rel=1e-5)
-
-
-def policy_inputs(policy):
-    """The demonstrations, as the arguments of a forward pass."""
-    rows = policy.collate(DEMONSTRATIONS)
-    return rows.sequence_ids, rows.sequence_mask, rows.response_mask.shape[1], 1.0
 
 
 def test_the_held_out_accuracy_is_the_share_of_comparisons_that_are_right():
@@ -587,7 +581,7 @@ def test_a_shared_critic_starts_at_zero_and_has_no_trunk():
 def values_of(policy, text):
     """The value of the first response token behind a prompt."""
     rows = policy.encode([text], ["was"])
-    _, _, values = policy(rows.sequence_ids, rows.sequence_mask, 2, 1.0)
+    _, _, values = policy(rows, 1.0)
     return values[0, 0]
 
 
@@ -651,7 +645,7 @@ def normalised(scores, score_norm):
     policy = without_dropout(**UPDATE, score_norm=score_norm)
     score, rows = Score(Fixed(scores)), [{"prompt": x} for x in PROMPTS]
     score.measure(policy, rows, policy.args)
-    return score(rows, policy, setting()[1]).tolist()
+    return score(rows, [], [], torch.ones(8)).tolist()
 
 
 def test_score_norm_gives_the_sft_policys_scores_mean_0_and_std_1_or_mean_0_or_neither():
