@@ -22,11 +22,11 @@ A response is an episode, a token is an action, the tokens so far are the state.
                    new_: under the policy being updated; ref_: under the frozen reference
     values         the critic's forecast of the rewards to come, made before the token is chosen
     scores         one number per response, from the reward model
-    rewards        one number per token: the KL penalty, and the score at the last token
+    rewards        one number per token: minus the KL penalty; the score is added at the last token
     response_mask  True on the real tokens of a response, its EOS included
 
-PAD fills the unused columns of a row. The policy's masks are made from lengths, never from ids, so
-PAD may be the same token as EOS; if it is another token, the policy can never sample it. EOS ends a
+PAD fills the unused columns of a row. Masks are made from lengths, not by looking for PAD, so PAD
+may be the same token as EOS; if it is another token, the policy can never sample it. EOS ends a
 response and is its last real token; a response that is cut at the length limit has no EOS. If the
 tokenizer has a BOS, exactly one stands in front of the prompt. Every mean over tokens ignores the
 padding, through a mask.
@@ -64,7 +64,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    """All settings. None means: derived from other settings, and printed at start."""
+    """All settings. None means: not used, or [derived in this way] and printed at start."""
 
     # Data
     dataset: str = "reviews"  # embedded task, or preference data: Hub id, jsonl(.gz), parquet file
@@ -86,9 +86,9 @@ class Args:
     critic: Literal["shared", "separate"] = "shared"  # value head on the policy, or own network
     critic_learning_rate: float | None = None  # of value head and separate critic [10 x policy's]
     # shift and scale scores so that the SFT policy's have mean 0 and std 1 (sft), only shift them
-    # (center), or neither (none) [sft for a model trained here, none if dense, else center]
+    # (center), or neither (none) [trained here: sft; a score for each token: none; else center]
     score_norm: Literal["sft", "center", "none"] | None = None
-    ref_update_interval: int = 0  # copy the policy into the reference after so many; 0: never
+    ref_update_interval: int = 0  # iterations after which policy becomes reference; 0: never
 
     # PPO
     total_episodes: int = 12_800  # responses in all
@@ -108,13 +108,13 @@ class Args:
     vf_coef: float = 0.5  # weight of the value loss (half the squared error)
     ent_coef: float = 0.0  # weight of the entropy bonus, per nat
     max_grad_norm: float = 1.0  # gradients are scaled down to this global norm
-    target_kl: float | None = None  # end an update after an epoch whose approx_kl is above this
+    target_kl: float | None = None  # end an update after an epoch with KL(old ‖ new) above this
     kl_coef: float = 0.05  # weight of the KL to the reference, in score units per nat
     kl_in: Literal["reward", "loss"] = "reward"  # subtract it from rewards, or add it to the loss
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # k1 for the reward; k2 or k3 for the loss
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # use k1 in the reward, k2 or k3 in the loss
     kl_target: float | None = None  # adapt kl_coef until the KL is this: nats per response
     kl_horizon: int = 10_000  # episodes over which the adaptive kl_coef reacts
-    max_kl: float | None = None  # end PPO when the KL is above this (nats per response)
+    max_kl: float | None = None  # end PPO above this KL (nats per response); the last save is kept
     norm_advantages: bool = True  # advantages to mean 0 and std 1 over the tokens of the batch
     whiten_rewards: bool = False  # rewards to std 1 over the batch, their mean unchanged
     score_clip: float | None = None  # normalised scores are clipped to ± this
@@ -124,7 +124,7 @@ class Args:
     # Run
     seed: int = 1  # of data, weights, sampling and shuffling
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the policy's and critic's products
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the matrix products of policy, critic
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory
     output_dir: str = "runs"  # folder of all runs
     run_name: str | None = None  # folder of this run; must not exist [data set, seed, time]
@@ -191,8 +191,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") ->
     the sampling policy, k2 gives the gradient of each token's KL, k3 that of the forward KL
     KL(π_ref ‖ π), and the expected gradient of k1 is zero.
 
-    Args and result: (batch, response_len). Source: Schulman, "Approximating KL divergence" (2020).
-    """
+    Args and result: (batch, response_len). Source: Schulman 2020, joschu.net/blog/kl-approx."""
     check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
     log_ratio = logprobs - ref_logprobs
     if estimator == "k1":
@@ -207,8 +206,8 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") ->
 def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
     """rₜ = −kl_coef · klₜ, plus the score at the last token of the response.
 
-    The last token is EOS, or the one at the length limit. (trl puts the score one column after EOS,
-    and learns a value there too.) Dense scores are added token by token.
+    The last token is EOS, or the one at the length limit; trl puts the score one column later.
+    Dense scores (one per token instead of one per response) are added token by token.
 
     Args: scores (batch,), or (batch, response_len) if dense; kl, response_mask (batch,
     response_len). Returns: (batch, response_len), 0 in the padding. Source: InstructGPT, eq. 2."""
@@ -228,11 +227,10 @@ def gae(
     Aₜ = δₜ + γλ·Aₜ₊₁,  δₜ = rₜ + γ·Vₜ₊₁ − Vₜ;  A and V are 0 after the last response token.
     The returns Aₜ + Vₜ are the critic's targets; with λ = 1 they are the discounted future rewards.
 
-    Args: rewards, values, mask (batch, response_len). Returns: advantages and returns, each (batch,
-    response_len), 0 in the padding. Source: PPO paper (1707.06347), eqs. 11-12; GAE (1506.02438).
-    """
+    Args: rewards, values, mask (batch, response_len). Returns: advantages and returns, the same
+    shape, 0 in the padding. Source: PPO paper (1707.06347), eqs. 11-12; GAE (1506.02438)."""
     check_same_shape(rewards=rewards, values=values, mask=mask)
-    # Set the padding to zero first: the recursion would use its value as that of the next state.
+    # Set the padding to zero first: the last token would take its next value from there.
     rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)
     advantages = torch.zeros_like(rewards)
     next_advantage = next_value = torch.zeros_like(rewards[:, 0])  # (batch,)
@@ -285,7 +283,7 @@ def value_loss(
 def adaptive_kl_coef(
     kl_coef: float, observed_kl: float, kl_target: float, num_episodes: int, kl_horizon: int
 ) -> float:
-    """Raise β if the KL is above its target, lower it if it is below.
+    """Raise β (kl_coef) if the KL is above its target, lower it if it is below.
 
     β ← β·(1 + e·n/h),  e = clip(KL / target − 1, ±0.2), n episodes since the last call, horizon h.
 
@@ -321,12 +319,12 @@ class Rollout:
 
     Response token t is chosen in the state one column before it. Its log-probability and value are
     read there, so the first value is computed from the prompt alone. The last column is padding:
-    whatever stands there must not enter a mean or a sum. Demonstrations fill three fields."""
+    whatever stands there must not enter a mean or a sum. Demonstrations have only three fields."""
 
     sequence_ids: Tensor  # (batch, seq_len)
     sequence_mask: Tensor  # (batch, seq_len), bool
     response_mask: Tensor  # (batch, response_len), bool
-    ended: Tensor | None = None  # (batch,), bool: by EOS, not by the length limit
+    ended: Tensor | None = None  # (batch,), bool: ended by EOS, not by the length limit
     old_logprobs: Tensor | None = None  # (batch, response_len), nats
     ref_logprobs: Tensor | None = None  # (batch, response_len), nats
     entropies: Tensor | None = None  # (batch, response_len), nats
@@ -371,7 +369,7 @@ class Policy(nn.Module):
         return torch.autocast(self.eos_ids.device.type, torch.bfloat16, enabled=enabled)
 
     def encode(self, prompts: list, responses: list[str] | None = None) -> Rollout:
-        """Encode prompts, and responses if given, as padded token ids.
+        """Encode prompts, and responses if given, as padded token ids (helpers: start of Part II).
 
         Prompt and response are tokenised separately, because in PPO the policy continues an encoded
         prompt. Responses get EOS, then are cut to --response-len; without EOS in the data the model
@@ -382,9 +380,9 @@ class Policy(nn.Module):
         response_rows = [[] for _ in prompts]
         if responses is not None:
             encoded = tokenizer(responses, add_special_tokens=False)["input_ids"]
-            _, closing = frame(tokenizer, prompts[0])
+            _, closing = frame(tokenizer, prompts[0])  # what follows an answer: EOS, or chat tokens
             closing_ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
-            # Some chat templates end an answer with another EOS than the tokenizer's: use that one.
+            # Some chat templates close an answer with another EOS than the tokenizer's: use that.
             end = next((x for x in closing_ids[:1] if x in self.eos_ids), tokenizer.eos_token_id)
             banned_ids = self.banned_ids.tolist()  # data may contain the text [PAD]
             response_rows = [[x for x in ids if x not in banned_ids] for ids in encoded]
@@ -414,10 +412,10 @@ class Policy(nn.Module):
         """Run the language model and the critic, for the sampler, the rollout and all losses.
 
         Returns: logprobs, entropies and values of the response tokens, each (batch, response_len).
-        All three are read one position before their token, in the state in which it is chosen.
 
-        The sampler passes a KV cache, and rows whose ids are the columns that are not in it yet
-        (the mask covers all columns). Returns: logits of the next token (batch, vocab)."""
+        With a KV cache, for the sampler, sequence_ids has only the new columns: first the whole
+        prompt, then one token at a time; the mask has all columns. Then the result is another one:
+        the logits of the next token (batch, vocab)."""
         ids, mask, response_mask = rows.sequence_ids, rows.sequence_mask, rows.response_mask
         response_len = 0 if cache is not None else response_mask.shape[1]
         # The first real token has position 0: left padding must not shift it.
@@ -435,22 +433,25 @@ class Policy(nn.Module):
         # Padding columns hold PAD, whose log-probability is −3e38: set it to zero.
         logprobs = logprobs_from_logits(logits, ids[:, -response_len:])
         logprobs = torch.where(response_mask, logprobs, 0)
+        # Without an entropy bonus, a graph of the entropy would take time and memory for nothing.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.args.ent_coef > 0):
+            entropies = entropy(logits)
         if self.value_head is None:
-            return logprobs, entropy(logits), torch.zeros_like(logprobs)
+            return logprobs, entropies, torch.zeros_like(logprobs)
         hidden = output.hidden_states[-1]
         if self.trunk is not None:
             with self.autocast():
                 hidden = self.trunk(input_ids=ids, attention_mask=mask, position_ids=positions,
                                     use_cache=False).last_hidden_state
         hidden = hidden[:, -response_len - 1 : -1].float()  # (batch, response_len, hidden)
-        return logprobs, entropy(logits), self.value_head(hidden).squeeze(-1)
+        return logprobs, entropies, self.value_head(hidden).squeeze(-1)
 
     def add_critic(self, score: "Score") -> None:
         """Add V(state): a linear head on the policy's hidden states, or on a trunk of its own.
 
-        The head starts at V = 0. A separate critic starts as a copy of the reward model if that can
-        read the policy's rows (V is then the score of the text so far, as in Stiennon 2020), else
-        as a copy of the policy's trunk."""
+        The head starts at V = 0. A separate critic starts as a copy of the reward model if both use
+        the same tokens: V is then the normalised score, (raw − offset) / scale, of the text so far
+        (Stiennon 2020, 2009.01325). Otherwise it starts as a copy of the policy's trunk."""
         trunk, source, weight, bias = self.lm.base_model, score.source, 0.0, 0.0
         if self.args.critic == "separate":
             if can_start_critic(source, self):
@@ -481,8 +482,8 @@ def sample_tokens(policy: Policy, prompts: Rollout, noise: Tensor, temperature: 
         for t in range(prompt_len, prompt_len + response_len):
             seen = sequence_mask[:, :t]
             logits = policy(Rollout(ids, seen, seen[:, prompt_len:]), temperature, cache)
-            # Invert the cumulative distribution: take the first token whose cumulative probability
-            # exceeds noise · total. As noise < 1, that is below total, even when it is rounded.
+            # Take the first token whose cumulative probability exceeds noise · total. There is one:
+            # noise is below 1, so noise · total stays below total, even when it is rounded.
             cumulative = logits.softmax(-1).cumsum(-1)  # (batch, vocab)
             threshold = noise[:, t - prompt_len, None] * cumulative[:, -1:]
             sampled = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)  # (batch,)
@@ -498,7 +499,7 @@ def sample_tokens(policy: Policy, prompts: Rollout, noise: Tensor, temperature: 
 def sample_responses(policy: Policy, prompts: list, seed: int, args: Args) -> Rollout:
     """Sample a response to each prompt; drop the columns that no response uses."""
     encoded = policy.encode(prompts)
-    # Drawn on the CPU and for all rows at once, so that it depends on neither device nor chunks.
+    # Drawn on the CPU and for all rows at once: the noise depends on neither device nor chunks.
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(len(prompts), args.response_len, generator=generator).to(args.device)
     chunks = [split_rows(x, args.batch_size) for x in (encoded, noise)]
@@ -514,11 +515,11 @@ def sample_responses(policy: Policy, prompts: list, seed: int, args: Args) -> Ro
 def collect_rollout(
     policy: Policy, reference: Policy, prompts: list, seed: int, args: Args
 ) -> Rollout:
-    """Sample a response to each prompt; read log-probabilities, entropies, values, reference."""
+    """Sample a response to each prompt; add log-probabilities (old, ref), entropies, values."""
     parts = split_rows(sample_responses(policy, prompts, seed, args), args.microbatch_size)
     for rows in parts:
-        # Old log-probabilities come from the same pass as the new ones in the update. The sampler's
-        # cache rounds differently: with its numbers the ratio would not start at 1.
+        # Old log-probabilities are computed like the new ones in the update, without a cache. The
+        # sampler's cache rounds differently: with its numbers the ratio would not start at 1.
         rows.old_logprobs, rows.entropies, rows.old_values = policy(rows, args.temperature)
         rows.ref_logprobs, _, _ = reference(rows, args.temperature)
     return join_rows(parts)
@@ -545,8 +546,8 @@ def compute_advantages(rollout: Rollout, kl_coef: float, args: Args) -> None:
 
 # Training: three losses, one step -----------------------------------------------------------------
 
-# A loss takes a model and rows and returns a dict: "loss" is trained on, the rest is reported. Each
-# entry is a mean over the terms of the rows: response tokens, or in reward_loss comparisons.
+# A loss takes a model and rows and returns a dict: "loss" is trained on, the rest is reported. An
+# entry is a mean over response tokens (in reward_loss: comparisons), or a maximum if named _max.
 
 
 def sft_loss(policy: Policy, rows: Rollout) -> dict[str, Tensor]:
@@ -557,8 +558,7 @@ def sft_loss(policy: Policy, rows: Rollout) -> dict[str, Tensor]:
 
 
 def reward_loss(reward_model: "RewardModel", rows: list[dict]) -> dict[str, Tensor]:
-    """−E[ log sigmoid(score(x, chosen) − score(x, rejected)) ]. Source: Stiennon 2020, section 3.4.
-    """
+    """−E[ log sigmoid(score(x, chosen) − score(x, rejected)) ]. Source: Stiennon 2020, sec. 3.4."""
     prompts = [row["prompt"] for row in rows]
     texts = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
     chosen_scores, rejected_scores = reward_model(prompts * 2, texts).chunk(2)
@@ -593,21 +593,21 @@ def ppo_loss(policy: Policy, rows: Rollout, kl_coef: float, args: Args) -> dict[
             "loss": loss}
 
 
-def train_step(model, optimizer, parts: list[tuple], where: str, args: Args) -> dict[str, float]:
-    """One optimizer step on the sum of coef · loss, given parts (loss, rows, coef).
+def train_step(model, optimizer, parts: list[tuple], step_name: str, args: Args) -> dict:
+    """One optimizer step on the sum of coef · loss over parts (loss_fn, rows, coef).
 
-    (PPO-ptx has two parts.) Rows are processed in microbatches that fit into memory. The loss of
-    each is weighted by its share of the terms: a plain mean over microbatches would give tokens of
-    short responses more weight.
+    PPO has one part, PPO-ptx two. Rows are processed in microbatches that fit into memory. The loss
+    of each is weighted by its share of the terms: a plain mean over microbatches would give tokens
+    of short responses more weight.
     Returns: the statistics, means over the terms; for names that end in _max, the maximum.
     Raises: FloatingPointError before the step if a statistic or the gradient is not finite."""
     stats = {}
     model.train()  # gradient checkpointing works in this mode only; dropout is 0 in all models
-    for loss, rows, coef in parts:
+    for loss_fn, rows, coef in parts:
         num_terms = count_terms(rows)
         for microbatch in split_rows(rows, args.microbatch_size):
             share = count_terms(microbatch) / num_terms
-            found = loss(model, microbatch)
+            found = loss_fn(model, microbatch)
             (coef * share * found["loss"]).backward()
             for name, value in found.items():
                 if name.endswith("_max"):
@@ -618,25 +618,26 @@ def train_step(model, optimizer, parts: list[tuple], where: str, args: Args) -> 
     model.eval()
     stats["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
     numbers = torch.stack(list(stats.values())).tolist()  # one transfer from the device
-    for name, number in zip(stats, numbers, strict=True):
+    stats = dict(zip(stats, numbers, strict=True))
+    for name, number in stats.items():
         if not math.isfinite(number):
-            raise FloatingPointError(f"{where}: {name} is {number}; lower the learning rate")
+            raise FloatingPointError(f"{step_name}: {name} is {number}; lower the learning rate")
     optimizer.step()
     optimizer.zero_grad()
-    return dict(zip(stats, numbers, strict=True))
+    return stats
 
 
-def fit(name: str, model, loss: Callable, rows: list[dict], epochs: int, peak: float, log) -> None:
+def fit(name: str, model, loss_fn: Callable, rows: list, epochs: int, peak: float, log) -> None:
     """Stages 1 and 2: each epoch visits all rows in a new order; the learning rate falls to 0."""
     args, rng = log.args, random.Random(log.args.seed)
-    groups = [{"params": list(model.parameters()), "peak": peak}]
-    optimizer = torch.optim.Adam(groups, eps=args.adam_eps)
+    optimizer = torch.optim.Adam([{"params": model.parameters(), "peak": peak}], eps=args.adam_eps)
     minibatches = [idx for _ in range(epochs)
                    for idx in shuffled_minibatches(len(rows), args.minibatch_size, rng)]
     for step, idx in enumerate(tqdm(minibatches, name, unit="step"), start=1):
         set_learning_rates(optimizer, step, len(minibatches))
         minibatch = model.collate([rows[i] for i in idx])
-        stats = train_step(model, optimizer, [(loss, minibatch, 1.0)], f"{name} step {step}", args)
+        parts = [(loss_fn, minibatch, 1.0)]
+        stats = train_step(model, optimizer, parts, f"{name} step {step}", args)
         log.scalars({f"{name}/{key}": value for key, value in stats.items()}, step)
 
 
@@ -644,24 +645,24 @@ def update_policy(
     policy: Policy, optimizer, rollout: Rollout, kl_coef: float, demonstrations: list[dict],
     iteration: int, args: Args,
 ) -> dict[str, float]:
-    """A few epochs of minibatch steps on one batch. Returns: statistics, means over the steps."""
+    """A few epochs of minibatch steps on one batch. Returns: statistics for the log."""
     rng, steps = random.Random(f"{args.seed} {iteration}"), []
-    loss = functools.partial(ppo_loss, kl_coef=kl_coef, args=args)
+    loss_fn = functools.partial(ppo_loss, kl_coef=kl_coef, args=args)
     for _ in range(args.update_epochs):
-        epoch = []
-        for idx in shuffled_minibatches(len(rollout), args.minibatch_size, rng):
-            parts = [(loss, rollout[idx], 1.0)]
+        minibatches = shuffled_minibatches(len(rollout), args.minibatch_size, rng)
+        for idx in minibatches:
+            parts = [(loss_fn, rollout[idx], 1.0)]
             if args.ptx_coef > 0:  # PPO-ptx: as many demonstrations as responses
                 sample = rng.choices(demonstrations, k=args.minibatch_size)
                 parts.append((sft_loss, policy.collate(sample), args.ptx_coef))
-            where = f"ppo iteration {iteration} step {len(steps) + len(epoch) + 1}"
-            epoch.append(train_step(policy, optimizer, parts, where, args))
-        steps += epoch
+            step_name = f"ppo iteration {iteration} step {len(steps) + 1}"
+            steps.append(train_step(policy, optimizer, parts, step_name, args))
+        epoch = steps[-len(minibatches) :]
         approx_kl = sum(step["approx_kl"] for step in epoch) / len(epoch)
         if args.target_kl is not None and approx_kl > args.target_kl:
             break
     stats = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]
-             if name != "loss" and not name.endswith("_max")}
+             if name != "loss" and not name.endswith("_max")}  # "loss" is their weighted sum
     if args.ptx_coef > 0:
         stats["ptx_loss"] = stats.pop("sft_loss")
     # Before the first step, new and old policy are equal: this ratio has to be 1.
@@ -674,8 +675,8 @@ def update_policy(
 
 # Scores: a reward model, or a function of yours ---------------------------------------------------
 
-# A source of scores is called with the rows of the batch (prompts, and whatever other columns the
-# data have), the responses as texts, their tokens as strings, and whether each has ended with EOS.
+# A source of scores has a method score(rows, responses, tokens, ended): rows of the data (prompts
+# and other columns), responses as texts, their tokens as strings, whether each ended with EOS.
 
 
 class RewardModel(nn.Module):
@@ -690,7 +691,7 @@ class RewardModel(nn.Module):
         return rows
 
     def encode(self, prompts: list, responses: list[str], ended: list | None = None) -> list:
-        """Token ids of prompts with responses; long texts lose what follows their first token."""
+        """Token ids of prompts with responses, cut at the front where they exceed the context."""
         if ended is None:  # comparisons: cut both at the policy's length limit
             limit = self.args.response_len
             encoded = self.tokenizer(responses, add_special_tokens=False)["input_ids"]
@@ -712,7 +713,7 @@ class RewardModel(nn.Module):
     @torch.no_grad()
     def score(self, rows: list[dict], responses: list, tokens: list, ended: list) -> Tensor:
         """Raw scores (batch,) of responses."""
-        columns = [row["prompt"] for row in rows], responses, ended
+        columns = ([row["prompt"] for row in rows], responses, ended)
         parts = zip(*(split_rows(x, self.args.microbatch_size) for x in columns), strict=True)
         return torch.cat([self(*part) for part in parts])
 
@@ -735,7 +736,8 @@ class Score:
     def measure(self, policy: Policy, rows: list[dict], args: Args) -> None:
         """Measure the scores of SFT responses; set offset and scale."""
         rollout = sample_responses(policy, [row["prompt"] for row in rows], args.seed, args)
-        scores = self(rows, *policy.decode(rollout), rollout.ended)
+        scores = self(rows, *policy.decode(rollout), rollout.ended)  # raw: offset 0, scale 1
+        scores = scores.reshape(len(rows), -1).sum(dim=1)  # (batch,); dense scores are summed
         mean, std = scores.mean().item(), scores.std(correction=0).item()
         print(f"scores       raw scores of the SFT policy: mean {mean:.3f}, std {std:.3f}")
         if args.score_norm != "none":
@@ -756,7 +758,7 @@ def train_sft(data: "Data", args: Args, log: "RunLog") -> str:
     fit("sft", policy, sft_loss, data.demonstrations, args.sft_epochs, args.sft_learning_rate, log)
     if data.held_out.demonstrations:
         nats = held_out_mean(policy, sft_loss, "loss", data.held_out.demonstrations, args)
-        log.result("sft/perplexity", math.exp(nats))
+        log.result("sft/held_out_perplexity", math.exp(nats))
     return save_model(log.run_dir / "sft", policy)
 
 
@@ -774,7 +776,7 @@ def train_reward_model(sft: str, data: "Data", args: Args, log: "RunLog") -> str
         args.reward_learning_rate, log)
     if comparisons := data.held_out.comparisons:
         share = held_out_mean(reward_model, reward_loss, "accuracy", comparisons, args)
-        log.result("reward_model/accuracy", share)
+        log.result("reward_model/held_out_accuracy", share)
     return save_model(log.run_dir / "reward_model", reward_model)
 
 
@@ -825,6 +827,7 @@ def train_ppo(sft: str, score: Score, data: "Data", args: Args, log: "RunLog") -
         if iteration % args.save_interval == 0 or iteration == num_iterations:
             save_model(folder, policy)
 
+    # Evaluate what was saved last: if --max-kl ended PPO, that is an earlier policy.
     after = evaluate(load_policy(folder, args), reference, score, data.held_out, args)
     log.before_after(before, after)
 
@@ -880,9 +883,11 @@ def set_learning_rates(optimizer, step: int, num_steps: int, warmup=0, anneal=Tr
 
 def pad_rows(rows: list[list[int]], pad_id: int, side: str, device) -> tuple[Tensor, Tensor]:
     """Stack rows of ids, padded on side "left" or "right". Returns: ids, mask (rows, longest)."""
-    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
-    ids = pad([torch.tensor(row, dtype=torch.long) for row in rows], padding_value=pad_id)
-    mask = pad([torch.ones(len(row), dtype=torch.bool) for row in rows], padding_value=False)
+    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_value=pad_id,
+                            padding_side=side)
+    ids = pad([torch.tensor(row, dtype=torch.long) for row in rows])
+    lens, columns = torch.tensor([[len(row)] for row in rows]), torch.arange(ids.shape[1])
+    mask = columns < lens if side == "right" else columns >= ids.shape[1] - lens
     return ids.to(device), mask.to(device)
 
 
@@ -952,7 +957,7 @@ class KVCache(transformers.DynamicCache):
 
 # The embedded task: film reviews from a grammar, and a gold reward that only the annotator sees ---
 
-# | separates alternatives, and {name} stands for one of that name. Demonstrations are drawn from
+# | separates alternatives, and {name} stands for a text of that name. Demonstrations are drawn from
 # this grammar; as a regular expression it also tests whether a text belongs to it.
 GRAMMAR = {
     "prompt": "a {genre} about {theme}.|a {country} {genre} about {theme}.|"
@@ -1016,9 +1021,9 @@ def is_grammatical(prompt: str, response: str, ended: bool) -> bool:
 def gold_reward(prompt: str, response: str, ended: bool) -> float:
     """What a reader wants of a review: praise, in good language, short, no clause repeated.
 
-    Sentiment summed over clauses and cut to ±2; −2 if ungrammatical or not ended; −1 per repeated
-    clause; −0.5 per clause beyond three. The annotator of stage 2 compares responses by it, with
-    noise; afterwards it is only reported, and never trained on."""
+    +1 per praise and −1 per scorn, the sum cut to ±2; −2 if ungrammatical or not ended; −1 per
+    repeated clause; −0.5 per clause beyond three. The annotator of stage 2 compares responses by
+    it, with noise; afterwards it is only reported, and never trained on."""
     clauses = [x.strip() for x in re.split(r"[.,]|\band\b|\bwhile\b", response) if x.strip()]
     praise, scorn = (text_pattern(symbol, genre_of(prompt)) for symbol in ("praise", "scorn"))
     sentiment = sum(bool(praise.fullmatch(x)) - bool(scorn.fullmatch(x)) for x in clauses)
@@ -1101,7 +1106,6 @@ def read_row(row: dict) -> dict | None:
     if sides and isinstance(sides[0], list):
         start = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
         sides = [start + side if side[0]["role"] == "assistant" else side for side in sides]
-        # Keep only role and content.
         sides = [[{"role": x["role"], "content": x["content"]} for x in side] for side in sides]
         prompts = [side[:-1] for side in sides]
         contents = [message["content"] for side in sides for message in side]
@@ -1163,9 +1167,9 @@ def load_data(args: Args) -> Data:
         if part is rows and num_held_out < args.eval_prompts:
             refuse(f"{flag(args, 'eval_prompts')} is more than a quarter of the distinct prompts "
                    f"of {flag(args, 'dataset')}; give {num_held_out} or fewer.")
-        if not keys & set(distinct):  # --sft-dataset has other prompts
+        if not keys & set(distinct):  # nothing of this part is held out yet
             keys |= set(random.Random(args.seed).sample(distinct, num_held_out))
-    # Drop the answers, then duplicate rows. Equal prompts with another different column stay.
+    # Drop the answers, then duplicate rows. Rows that differ in another column stay.
     prompts = [{x: row[x] for x in row if x not in ("chosen", "rejected")} for row in rows]
     prompts = {json.dumps(row, sort_keys=True, default=str): row for row in prompts}
     data = Data([], [], [], held_out=Data([], [], []))
@@ -1217,9 +1221,10 @@ def load_model(flag: str, folder, kind: str, args: Args, new_head: bool = False)
         if missing := set(info["missing_keys"]) - ({"score.weight"} if new_head else set()):
             raise ValueError(f"it has no weights for {', '.join(sorted(missing))}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        rows = model.get_input_embeddings().num_embeddings
-        if len(tokenizer) > rows:
-            raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its embedding {rows}")
+        num_embeddings = model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > num_embeddings:
+            raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its embedding "
+                             f"{num_embeddings}")
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     if args.gradient_checkpointing:
         name = "activation_checkpointing_enable"  # its name in recent versions of transformers
@@ -1270,7 +1275,7 @@ def load_reward_model(folder: str, args: Args, new_head: bool = False) -> Reward
 
 
 class RewardFunction:
-    """--reward-fn: f(prompts, responses, ...); further parameters get columns of their names."""
+    """--reward-fn: f(prompts, responses, ...); a further parameter gets the column of its name."""
 
     def __init__(self, name: str):
         path, _, function_name = name.rpartition(":")
@@ -1360,7 +1365,8 @@ def try_given_models(data: Data, args: Args) -> Score | None:
     encoded = policy.encode(prompts[:2], responses)
     name = "reward_fn" if args.reward_model is None else "reward_model"
     flag_name = f"--{name.replace('_', '-')}"
-    with refusing(flag_name, getattr(args, name), "it must return one finite number per response"):
+    remedy = "it must give a finite number per response or token"
+    with refusing(flag_name, getattr(args, name), remedy):
         source = (RewardFunction(args.reward_fn) if args.reward_model is None
                   else load_reward_model(args.reward_model, args))
         dense = source.score(rows, *policy.decode(encoded), [True] * len(rows)).dim() == 2
@@ -1419,7 +1425,7 @@ def resolve_args(args: Args) -> Args:
                 refuse(f"{flag(args, name)} is out of range; it must be {wanted}.")
     embedded, scratch = args.dataset == "reviews", args.policy_model is None
     learning_rate = args.learning_rate or (1e-4 if scratch else 3e-6)
-    data_name, now = Path(args.dataset).name.split(".")[0], time.strftime("%Y%m%d-%H%M%S")
+    data_name, start = Path(args.dataset).name.split(".")[0], time.strftime("%Y%m%d-%H%M%S")
     defaults = {
         "response_len": 32 if embedded else 128,
         "max_prompt_len": 16 if embedded else None,  # else load_policy derives it from the context
@@ -1432,7 +1438,7 @@ def resolve_args(args: Args) -> Args:
         "adam_eps": 1e-5 if scratch else 1e-8,
         "score_norm": "sft" if args.trains_reward_model else None,  # else try_given_models decides
         "microbatch_size": args.minibatch_size,
-        "run_name": f"{data_name}__{args.seed}__{now}",
+        "run_name": f"{data_name}__{args.seed}__{start}",
     }
     args = replace(args, **{x: y for x, y in defaults.items() if getattr(args, x) is None})
     for whole, part in (("total_episodes", "batch_size"), ("batch_size", "minibatch_size")):
@@ -1474,7 +1480,7 @@ def describe(
     mask = rollout.response_mask
     kl = kl_penalty(rollout.old_logprobs, rollout.ref_logprobs, "k1")
     kl = torch.where(mask, kl, 0).sum(dim=1)  # (batch,)
-    scores = rollout.scores if rollout.scores.dim() == 1 else rollout.scores.sum(dim=1)  # (batch,)
+    scores = rollout.scores.reshape(len(rows), -1).sum(dim=1)  # (batch,); dense scores are summed
     lens = mask.sum(dim=1).float()  # (batch,)
     bigrams = [pair for row in tokens for pair in itertools.pairwise(row)]
     metrics = {
@@ -1502,12 +1508,12 @@ def describe(
 
 
 @torch.no_grad()
-def held_out_mean(model, loss: Callable, key: str, rows: list[dict], args: Args) -> float:
-    """The mean that a loss reports under key, over rows that the model was not trained on."""
+def held_out_mean(model, loss_fn: Callable, key: str, rows: list[dict], args: Args) -> float:
+    """The mean that loss_fn reports under key, over rows that the model was not trained on."""
     total = num_terms = 0.0
     for part in split_rows(rows, args.microbatch_size):
         microbatch = model.collate(part)
-        total += count_terms(microbatch) * loss(model, microbatch)[key]
+        total += count_terms(microbatch) * loss_fn(model, microbatch)[key]
         num_terms += count_terms(microbatch)
     return float(total / num_terms)
 
@@ -1560,8 +1566,8 @@ class RunLog:
             self.writer.add_scalar(key, value, step)
 
     def result(self, key: str, value: float) -> None:
-        """Print and log a held-out result."""
-        print(f"held out     {key} {value:.3f}", flush=True)
+        """Print and log one number."""
+        print(f"result       {key} {value:.3f}", flush=True)
         self.scalars({key: value}, 0)
 
     def append(self, file_name: str, records: list[dict]) -> None:
@@ -1592,11 +1598,12 @@ class RunLog:
                   "log-probabilities are computed differently; is the model deterministic?")
         if number % args.save_interval == 0:
             self.append("samples.jsonl", [counters | record for record in records[:2]])
-            for x in records[:2]:
-                text = (f"      {str(x['prompt'])[-60:]!r} -> {x['response']!r}\n      score "
-                        f"{x['score']:.2f}, KL {x['kl']:.2f} nats, total {x['total']:.2f}")
-                print(text)
-                self.writer.add_text("samples", text, episodes)
+            text = "\n".join(
+                f"      {str(x['prompt'])[-60:]!r} -> {x['response']!r}\n      score "
+                f"{x['score']:.2f}, KL {x['kl']:.2f} nats, total {x['total']:.2f}"
+                for x in records[:2])
+            print(text)
+            self.writer.add_text("samples", text, episodes)
 
     def before_after(self, before: tuple, after: tuple) -> None:
         """Print the final table and two examples; write all pairs to a file."""

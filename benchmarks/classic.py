@@ -9,21 +9,13 @@ results/classic.json at once, so an interrupted benchmark continues where it sto
 is the mean return of its last 100 training episodes: noisy actions, running statistics.
 """
 
-import json
-import os
-import platform
-import subprocess
-import sys
 import tempfile
-import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "classic.json"
-PICTURE = HERE / "results" / "classic.png"
+import common  # benchmarks/common.py
+
+KEYS = ("group", "env_id", "variant", "seed", "flags")
 SEEDS = [1, 2, 3]
 MORE_SEEDS = range(4, 11)  # of Acrobot: its spread is as large as its distance to CleanRL
 
@@ -57,30 +49,19 @@ BARE = "--max-grad-norm inf --no-anneal-lr --no-clip-vloss"
 
 
 def jobs():
-    """Every run: (group, environment, variant, seed, flags)."""
+    """Every run, in the order of KEYS."""
     for seed in SEEDS:
         for env_id in PUBLISHED:
             yield "published", env_id, "clip 0.2", seed, ""
-    for seed in SEEDS:
         for env_id in TABLE1_ENVS:
             for variant, (flags, _) in VARIANTS.items():
                 yield "table1", env_id, variant, seed, f"--total-timesteps 300000 {flags}"
-    for seed in SEEDS:
         flags = f"--total-timesteps 300000 {VARIANTS['none'][0]} {BARE}"
         yield "bare", "HalfCheetah-v4", "none", seed, flags
-    for seed in SEEDS:
         for env_id, flags in FLAGS.items():
             yield "flags", env_id, "clip 0.2", seed, flags
     for seed in MORE_SEEDS:
         yield "published", "Acrobot-v1", "clip 0.2", seed, ""
-
-
-def hardware(*packages):
-    """What the figures were measured on: machine, date, and versions of packages."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
-    return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(),
-            "date": time.strftime("%Y-%m-%d")} | {name: version(name) for name in packages}
 
 
 def read_returns(run_dir):
@@ -94,14 +75,11 @@ def read_returns(run_dir):
 
 def one_run(job):
     """Run ppo_classic.py once in a folder of its own. Returns: its figure and its curve."""
-    group, env_id, variant, seed, flags = job
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(HERE.parent / "ppo_classic.py"), "--env-id", env_id,
-                   "--seed", str(seed), "--output-dir", folder, "--run-name", "run", *flags.split()]
-        start = time.time()
-        process = subprocess.run(command, capture_output=True, text=True)
-        result = {"group": group, "env_id": env_id, "variant": variant, "seed": seed,
-                  "flags": flags, "seconds": round(time.time() - start)}
+        process = common.run_python(
+            common.ROOT / "ppo_classic.py", "--env-id", job["env_id"], "--seed", job["seed"],
+            "--output-dir", folder, "--run-name", "run", *job["flags"].split(), may_fail=True)
+        result = {}
         if "FloatingPointError" in process.stderr:  # the bare surrogate may diverge
             result["diverged"] = process.stderr.strip().splitlines()[-1]
         elif process.returncode != 0:
@@ -135,19 +113,12 @@ def random_return(env_id):
 
 def main():
     """Run what is missing, two at a time, then summarise and plot."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": []}
-    done = {(r["group"], r["env_id"], r["variant"], r["seed"]) for r in results["runs"]}
-    missing = [job for job in jobs() if job[:4] not in done]
-    if "--plot" not in sys.argv and missing:
-        results["hardware"] = hardware("torch", "gymnasium", "mujoco", "numpy")
+    results = common.run_missing(
+        "classic", [dict(zip(KEYS, job, strict=True)) for job in jobs()], KEYS, one_run,
+        ("torch", "gymnasium", "mujoco", "numpy"), shown=("last_100",))
+    if "random_returns" not in results:
         results["random_returns"] = {env_id: random_return(env_id) for env_id in TABLE1_ENVS}
-        with ThreadPoolExecutor(2) as pool:
-            for future in as_completed([pool.submit(one_run, job) for job in missing]):
-                result = future.result()
-                results["runs"].append(result)
-                RESULTS.write_text(json.dumps(results))
-                print(f"{result['env_id']} {result['variant']} seed {result['seed']}: "
-                      f"{result['last_100']:.1f} in {result['seconds']} s", flush=True)
+        common.write_results("classic", results)
     summary(results)
     plot(results)
 
@@ -160,24 +131,27 @@ def pick(results, group, env_id, variant="clip 0.2"):
 
 def summary(results):
     """The tables of the README, in its own format."""
-    print("\n| environment | CleanRL, 3 seeds | ours | each seed |\n|---|---|---|---|")
+    rows = []
     for env_id, (published, spread) in PUBLISHED.items():
         runs = sorted(pick(results, "published", env_id), key=lambda r: r["seed"])
         figures = [r["last_100"] for r in runs]
         if len(figures) > 1:
-            print(f"| {env_id} | {published:.1f} ± {spread:.1f} | {mean(figures):.1f} ± "
-                  f"{stdev(figures):.1f} | {', '.join(f'{x:.1f}' for x in figures)} |")
+            rows.append([env_id, f"{published:.1f} ± {spread:.1f}",
+                         f"{mean(figures):.1f} ± {stdev(figures):.1f}",
+                         ", ".join(f"{x:.1f}" for x in figures)])
+    columns = ["environment", "CleanRL, 3 seeds", "ours", "each seed"]
+    print("", *common.markdown(columns, rows), sep="\n")
     for env_id in FLAGS:
         figures = [r["last_100"] for r in pick(results, "flags", env_id)]
         print(f"{env_id}: {', '.join(f'{x:.1f}' for x in figures)}")
-    print("\n| objective | paper | ours | " + " | ".join(TABLE1_ENVS) + " |\n" + "|---" * 6 + "|")
+    rows = []
     for variant, scores in table1(results).items():
         returns = [mean(r["last_100"] for r in pick(results, "table1", env_id, variant))
                    for env_id in TABLE1_ENVS if pick(results, "table1", env_id, variant)]
-        print(f"| {variant} | {VARIANTS[variant][1]:.2f} | {scores:.2f} | "
-              + " | ".join(f"{x:.0f}" for x in returns) + " |")
-
-
+        rows.append([variant, f"{VARIANTS[variant][1]:.2f}", f"{scores:.2f}",
+                     *(f"{x:.0f}" for x in returns)])
+    columns = ["objective", "paper", "ours", *TABLE1_ENVS]
+    print("", *common.markdown(columns, rows), sep="\n")
     figures = [r["last_100"] for r in pick(results, "bare", "HalfCheetah-v4", "none")]
     print(f"none, HalfCheetah, {BARE}: {', '.join(f'{x:.0f}' for x in figures)}")
 
@@ -199,28 +173,21 @@ def table1(results):
 
 def plot(results):
     """Learning curves, one line per seed, with the published mean and spread drawn in."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 4, figsize=(15, 6), layout="constrained")
     groups = [("published", x) for x in PUBLISHED] + [("flags", x) for x in FLAGS]
-    for axis, (group, env_id) in zip(axes.flat, groups, strict=True):
-        for r in pick(results, group, env_id):
-            steps, returns = zip(*r["curve"], strict=True)
-            axis.plot([x / 1000 for x in steps], returns, linewidth=1.2, color="#2471a3", alpha=0.8)
-        if group == "published":
-            published, spread = PUBLISHED[env_id]
-            axis.axhline(published, color="#c0392b", linewidth=1, label="CleanRL, published")
-            axis.axhspan(published - spread, published + spread, color="#c0392b", alpha=0.15)
-        axis.set_title(env_id, fontsize=10)
-        axis.set_xlabel("thousand steps")
-        axis.grid(alpha=0.25)
-    axes[0, 0].set_ylabel("return of training episodes")
-    axes[0, 0].legend(frameon=False, fontsize=9)
-    figure.savefig(PICTURE, dpi=100)
-    print(f"wrote {PICTURE}")
+    with common.picture("classic", 2, 4, (15, 6)) as axes:
+        for axis, (group, env_id) in zip(axes.flat, groups, strict=True):
+            for r in pick(results, group, env_id):
+                steps, returns = zip(*r["curve"], strict=True)
+                axis.plot([x / 1000 for x in steps], returns, linewidth=1.2, color=common.BLUE,
+                          alpha=0.8)
+            if group == "published":
+                mid, spread = PUBLISHED[env_id]
+                axis.axhline(mid, color=common.RED, linewidth=1, label="CleanRL, published")
+                axis.axhspan(mid - spread, mid + spread, color=common.RED, alpha=0.15)
+            axis.set_title(env_id)
+            axis.set_xlabel("thousand steps")
+        axes[0, 0].set_ylabel("return of training episodes")
+        axes[0, 0].legend()
 
 
 if __name__ == "__main__":

@@ -10,21 +10,18 @@ written to results/cross_checks.md and .json.
 """
 
 import inspect
-import json
 import sys
 import textwrap
 from importlib.metadata import version
-from pathlib import Path
 
+import common  # benchmarks/common.py
 import numpy as np
 import torch
-from classic import hardware  # benchmarks/classic.py
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(common.ROOT))  # the two files lie one folder up
 
-import ppo_classic as classic  # noqa: E402  the two files lie one folder up
-import ppo_rlhf as rlhf  # noqa: E402
+import ppo_classic as classic
+import ppo_rlhf as rlhf
 
 TOLERANCE = 1e-6
 ROWS, LEN, VOCAB = 6, 8, 11
@@ -236,14 +233,11 @@ def main():
                             "difference": difference, "agree": difference < TOLERANCE,
                             "reason": reason})
             assert (difference < TOLERANCE) == (not reason), records[-1]
-    lines = ["| library | quantity | largest difference | who does what |", "|---|---|---|---|"]
-    lines += [f"| {x['library']} | {x['quantity']} | {x['difference']:.1g} | {x['reason']} |"
-              for x in records]
-    print("\n".join(lines))
-    (HERE / "results" / "cross_checks.md").write_text("\n".join(lines) + "\n")
-    versions = hardware("torch", "trl", "stable-baselines3")
-    (HERE / "results" / "cross_checks.json").write_text(
-        json.dumps({"hardware": versions, "rows": records}, indent=1))
+    common.publish("cross_checks", common.markdown(
+        ["library", "quantity", "largest difference", "who does what"],
+        [[x["library"], x["quantity"], f"{x['difference']:.1g}", x["reason"]] for x in records]))
+    machine = common.hardware("torch", "trl", "stable-baselines3")
+    common.write_results("cross_checks", {"hardware": machine, "rows": records})
 
 
 if __name__ == "__main__":

@@ -13,22 +13,16 @@ run samples; its figure does not. Each finished run is written to results/optimu
 """
 
 import contextlib
+import inspect
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import common  # benchmarks/common.py
 import torch
-from classic import hardware  # benchmarks/classic.py
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "optimum.json"
-PICTURE = HERE / "results" / "optimum.png"
 INSTANCES = [1, 2, 3, 4, 5]
 # For 204,800 episodes: the best of seven settings tried on instance 1 with seed 1.
 LONG = ("--batch-size 1024 --minibatch-size 512 --update-epochs 8 --clip-coef 0.1 "
@@ -39,6 +33,7 @@ TUNED = "--learning-rate 2e-3 --critic-learning-rate 3e-3"  # chosen on instance
 PAD, EOS, NUM_WORDS, MAX_LEN = 0, 1, 8, 4
 WORDS = [f"w{i}" for i in range(NUM_WORDS)]
 PROMPTS = [[0], [1, 2], [3], [4, 5, 6], [7, 7], [2, 0, 1], [5], [6, 3]]  # numbers of words
+TEXTS = [" ".join(WORDS[i] for i in prompt) for prompt in PROMPTS]
 
 
 # ==================================================================================================
@@ -58,9 +53,10 @@ def make_tokenizer():
                                    padding_side="left")
 
 
-def make_instance(folder: Path, seed: int, pad_logit: float = -30.0) -> None:
+def make_instance(folder: Path, seed: int, pad_logit: float = -30.0, constant=None) -> None:
     """Write reference, reward model and prompts of instance number seed. pad_logit: bias of PAD
-    under the reference; a trained model never writes PAD."""
+    under the reference; a trained model never writes PAD. With a constant, each prompt also lists
+    the reward of each response plus the constant, for listed_scores."""
     from transformers import PhiConfig, PhiForCausalLM, PhiForSequenceClassification
 
     torch.manual_seed(seed)
@@ -78,7 +74,10 @@ def make_instance(folder: Path, seed: int, pad_logit: float = -30.0) -> None:
     for name, model in (("reference", reference), ("reward_model", reward_model)):
         model.save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
-    rows = [{"prompt": " ".join(WORDS[i] for i in prompt)} for prompt in PROMPTS]
+    rows = [{"prompt": text} for text in TEXTS]
+    if constant is not None:
+        rewards = torch.cat(reward_tables(reward_model), dim=1) + constant  # (prompts, 4681)
+        rows = [row | {"listed": x.tolist()} for row, x in zip(rows, rewards, strict=True)]
     (folder / "prompts.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
 
 
@@ -242,26 +241,29 @@ def report(lm_folder: Path, instance: Path, beta: float, estimator: str | None) 
 # ==================================================================================================
 
 
-def run_script(path: Path, *arguments: str) -> str:
-    """A Python script in a process of its own, on one thread. Returns: what it printed."""
-    process = subprocess.run([sys.executable, str(path), *arguments], capture_output=True,
-                             text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if process.returncode != 0:
-        raise RuntimeError(process.stderr[-3000:])
-    return process.stdout
+def listed_scores(prompts: list, responses: list[str], listed: list) -> list[float]:
+    """The --reward-fn of runs with a constant: looks each response up in its prompt's list."""
+    scores = []
+    for response, rewards in zip(responses, listed, strict=True):
+        words = [WORDS.index(word) for word in response.split()]
+        shorter = sum(NUM_WORDS**length for length in range(len(words)))  # they come first
+        digits = sum(x * NUM_WORDS**i for i, x in enumerate(reversed(words)))
+        scores.append(rewards[shorter + digits])
+    return scores
 
 
 def our_flags(instance: Path, folder: Path, run: dict) -> list[str]:
     """The command line of ppo_rlhf.py for one run."""
-    return [
-        "--dataset", f"{instance}/prompts.jsonl", "--policy-model", f"{instance}/reference",
-        "--sft-epochs", "0", "--reward-model", f"{instance}/reward_model", "--response-len",
-        str(MAX_LEN), "--max-prompt-len", "4", "--total-episodes", str(run["episodes"]),
-        "--batch-size", "256", "--minibatch-size", "64", "--learning-rate", "1e-3", "--kl-coef",
-        str(run["beta"]), "--missing-eos-penalty", "0", "--critic", "separate", "--seed",
-        str(run["seed"]), "--save-interval", "1000000",
-        "--output-dir", str(folder), "--run-name", "run", "--device", "cpu", "--score-norm", "none",
-        "--eval-prompts", "0", *run["flags"].split()]
+    source = ["--reward-model", f"{instance}/reward_model"]
+    if run.get("constant") is not None:
+        source = ["--reward-fn", f"{Path(__file__).resolve()}:listed_scores"]
+    flags = (f"--run-name run --device cpu --seed {run['seed']} --sft-epochs 0 --eval-prompts 0 "
+             f"--save-interval 1000000 --max-prompt-len 4 --response-len {MAX_LEN} "
+             f"--total-episodes {run['episodes']} --kl-coef {run['beta']} "
+             "--batch-size 256 --minibatch-size 64 "
+             "--learning-rate 1e-3 --critic separate --score-norm none --missing-eos-penalty 0")
+    return ["--dataset", f"{instance}/prompts.jsonl", "--policy-model", f"{instance}/reference",
+            *source, "--output-dir", str(folder), *flags.split(), *run["flags"].split()]
 
 
 def our_result(folder: Path, run: dict) -> tuple[Path, float]:
@@ -274,7 +276,7 @@ def our_result(folder: Path, run: dict) -> tuple[Path, float]:
 
 def run_ours(instance: Path, folder: Path, run: dict) -> tuple[Path, float]:
     """ppo_rlhf.py through its command line. Returns: as our_result."""
-    run_script(HERE.parent / "ppo_rlhf.py", *our_flags(instance, folder, run))
+    common.run_python(common.ROOT / "ppo_rlhf.py", *our_flags(instance, folder, run))
     return our_result(folder, run)
 
 
@@ -282,23 +284,25 @@ def run_exact_critic(instance: Path, folder: Path, run: dict) -> tuple[Path, flo
     """ppo_rlhf.py with the enumerated V in place of the critic's. Returns: as our_result."""
     import tyro
 
-    sys.path.insert(0, str(HERE.parent))
+    sys.path.insert(0, str(common.ROOT))
     import ppo_rlhf
 
     _, reference, rewards = read_instance(instance)
-    prompt_numbers = {tuple(i + 2 for i in prompt): n for n, prompt in enumerate(PROMPTS)}
     collect_rollout = ppo_rlhf.collect_rollout
 
     @torch.no_grad()
-    def collect_with_exact_values(actor_critic, *others):
-        rollout = collect_rollout(actor_critic, *others)
-        values = state_values(policy_tables(actor_critic.policy.lm), reference, rewards,
-                              run["beta"])
-        for i, (prompt, ids) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
-            node = 0  # number of the prefix among those of its length
-            for t, token in enumerate(ids):
-                rollout.old_values[i, t] = values[t][prompt_numbers[tuple(prompt)], node]
-                node = NUM_WORDS * node + token - 2
+    def collect_with_exact_values(*arguments, **named):
+        rollout = collect_rollout(*arguments, **named)
+        call = inspect.signature(collect_rollout).bind(*arguments, **named).arguments
+        tables = policy_tables(call["policy"].lm)
+        values = state_values(tables, reference, rewards, run["beta"])
+        rows = torch.tensor([TEXTS.index(prompt) for prompt in call["prompts"]])  # (batch,)
+        nodes = torch.zeros_like(rows)  # numbers of the prefixes among those of their length
+        response_ids = rollout.sequence_ids[:, -rollout.response_mask.shape[1] :]
+        for t, mask in enumerate(rollout.response_mask.unbind(dim=1)):
+            rollout.old_values[:, t] = torch.where(mask, values[t][rows, nodes], 0)
+            goes_on = mask & (response_ids[:, t] > EOS)
+            nodes = torch.where(goes_on, NUM_WORDS * nodes + response_ids[:, t] - 2, 0)
         return rollout
 
     ppo_rlhf.collect_rollout = collect_with_exact_values
@@ -331,11 +335,7 @@ def run_trl(instance: Path, folder: Path, run: dict) -> tuple[Path, float]:
     import copy
 
     import datasets
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-    )
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(instance / "reference")
@@ -345,12 +345,11 @@ def run_trl(instance: Path, folder: Path, run: dict) -> tuple[Path, float]:
                          for _ in range(2))
     reward_model = AutoModelForSequenceClassification.from_pretrained(instance / "reward_model")
     config = PPOConfig(
-        output_dir=str(folder / "trl"), total_episodes=run["episodes"],
-        per_device_train_batch_size=256, num_mini_batches=4, num_ppo_epochs=4, learning_rate=1e-3,
-        lr_scheduler_type="linear", response_length=MAX_LEN, stop_token="eos", temperature=1.0,
-        missing_eos_penalty=None,
-        kl_coef=run["beta"], whiten_rewards=False, gamma=1.0, lam=0.95, num_sample_generations=0,
-        local_rollout_forward_batch_size=256, seed=run["seed"], report_to="none",
+        output_dir=str(folder / "trl"), total_episodes=run["episodes"], num_mini_batches=4,
+        per_device_train_batch_size=256, num_ppo_epochs=4, learning_rate=1e-3, temperature=1.0,
+        lr_scheduler_type="linear", response_length=MAX_LEN, stop_token="eos", gamma=1.0, lam=0.95,
+        missing_eos_penalty=None, kl_coef=run["beta"], whiten_rewards=False, seed=run["seed"],
+        num_sample_generations=0, local_rollout_forward_batch_size=256, report_to="none",
         save_strategy="no", logging_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True,
         gradient_checkpointing=False)
     trainer = PPOTrainer(
@@ -370,15 +369,14 @@ RUNNERS = {"ours": run_ours, "trl": run_trl, "exact critic": run_exact_critic,
 
 def one_run(run: dict) -> dict:
     """One contestant on one instance, in a folder of its own."""
-    start = time.time()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_instance(folder / "instance", run["instance"], run["pad_logit"])
+        make_instance(folder / "instance", run["instance"], run["pad_logit"], run.get("constant"))
         policy, reported = RUNNERS[run["who"]](folder / "instance", folder / "runs", run)
         words = run["flags"].split()
         estimator = words[words.index("--kl-estimator") + 1] if "--kl-in" in words else None
-        return run | report(policy, folder / "instance", run["beta"], estimator) | {
-            "J_reported": reported, "seconds": round(time.time() - start)}
+        found = report(policy, folder / "instance", run["beta"], estimator)
+        return found | {"J_reported": reported}
 
 
 # ==================================================================================================
@@ -403,6 +401,10 @@ def jobs() -> list[dict]:
               for seed in (1, 2, 3) for instance in (1, 3, 5)]
     found += [job("tuned", "ours", instance, flags=TUNED) for instance in INSTANCES]
     found += [job("long", "ours", instance, 204_800, flags=LONG) for instance in INSTANCES[:2]]
+    found.append(job("longest", "ours", 1, 819_200, flags=LONG))
+    # J_reported counts the centred scores; the share counts the rewards without the constant.
+    found += [job(f"scores {constant:+d}", "ours", flags="--score-norm center", constant=constant)
+              for constant in (0, 10, -10)]
     for beta in (0.05, 0.2, 1.0):
         for critic in ("separate", "shared"):
             for microbatch in (64, 16):
@@ -422,31 +424,18 @@ def jobs() -> list[dict]:
     return found + [job("limits", "ours", flags=x) for x in LIMITS]
 
 
-def key(run: dict) -> tuple:
-    """What makes a run the same run."""
-    return tuple(run[x] for x in job("", ""))
-
-
 def main():
     """Run what is missing, two at a time, then print and plot."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": []}
-    done = {key(run) for run in results["runs"]}
-    missing = [x for x in jobs() if key(x) not in done]
-    if "--plot" not in sys.argv and missing:
-        results["hardware"] = hardware("torch", "transformers", "numpy", "trl")
-        with ThreadPoolExecutor(2) as pool:
-            for future in as_completed([pool.submit(run_apart, x) for x in missing]):
-                results["runs"].append(future.result())
-                RESULTS.write_text(json.dumps(results, indent=0))
-                print({x: y for x, y in future.result().items() if x in (
-                    "group", "who", "instance", "beta", "flags", "share", "seconds")}, flush=True)
-    table(results["runs"])
-    plot(results["runs"])
+    runs = common.run_missing("optimum", jobs(), (*job("", ""), "constant"), run_apart,
+                              ("torch", "transformers", "numpy", "trl"), ("share",))["runs"]
+    table(runs)
+    plot(runs)
 
 
-def run_apart(x: dict) -> dict:
+def run_apart(run: dict) -> dict:
     """one_run in a process of its own: two runs at a time share no state."""
-    return json.loads(run_script(Path(__file__), "--run", json.dumps(x)).splitlines()[-1])
+    output = common.run_python(__file__, "--run", json.dumps(run)).stdout
+    return json.loads(output.splitlines()[-1])
 
 
 def table(runs: list[dict]) -> None:
@@ -454,47 +443,39 @@ def table(runs: list[dict]) -> None:
     columns = ["group", "who", "instance", "episodes", "beta", "flags", "seed", "share", "kl",
                "kl_optimum", "total_variation", "eos", "eos_optimum", "pad", "J_reported", "J",
                "J_optimum", "share_of_fixed_point", "distance_to_fixed_point", "seconds"]
-    lines = [f"| {' | '.join(columns)} |", f"{'|---' * len(columns)}|"]
+    rows = []
     for x in sorted(runs, key=lambda x: (x["group"], x["instance"], x["beta"], x["flags"])):
         cells = [x.get(column, "") for column in columns]
-        cells = [f"{y:.4f}" if type(y) is float else str(y) for y in cells]
-        lines.append(f"| {' | '.join(cells)} |")
-    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        rows.append([f"{y:.4f}" if type(y) is float else y for y in cells])
+    common.publish("optimum", common.markdown(columns, rows))
     for instance in INSTANCES:
         shares = {who: [x["share"] for x in runs if x["group"] == "peers" and x["who"] == who
                         and x["instance"] == instance] for who in ("ours", "trl")}
         if all(len(x) > 1 for x in shares.values()):
-            print(f"instance {instance}: " + ", ".join(
-                f"{who} {statistics.mean(x):.4f} ± {statistics.stdev(x):.4f} ({len(x)} seeds)"
-                for who, x in shares.items()))
+            cells = [f"{who} {statistics.mean(x):.4f} ± {statistics.stdev(x):.4f} ({len(x)} seeds)"
+                     for who, x in shares.items()]
+            print(f"instance {instance}: {', '.join(cells)}")
 
 
 def plot(runs: list[dict]) -> None:
     """What is missing of the possible gain: ours and trl's on each instance, then the long runs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
-    bars = [("trl", "peers", "trl", "#7d8a97"), ("ours", "peers", "ours", "#2471a3"),
-            ("ours, 4 times the episodes", "long", "ours", "#117a65")]
-    for i, (label, group, who, colour) in enumerate(bars):
-        missing = {}
-        for x in runs:
-            if x["group"] == group and x["who"] == who:
-                missing.setdefault(x["instance"], []).append(100 * (1 - x["share"]))
-        places = [instance + 0.27 * (i - 1) for instance in missing]
-        axis.bar(places, [statistics.mean(x) for x in missing.values()], 0.25, label=label,
-                 color=colour)
-        for place, values in zip(places, missing.values(), strict=True):  # each seed
-            axis.plot([place] * len(values), values, "_", color="black", markersize=8)
-    axis.set_xlabel("instance")
-    axis.set_ylabel("missing to the optimum,\n% of the possible gain")
-    axis.legend(frameon=False, fontsize=8)
-    figure.savefig(PICTURE, dpi=110)
-    print(f"wrote {PICTURE}")
+    bars = [("trl", "peers", "trl", common.GREY), ("ours", "peers", "ours", common.BLUE),
+            ("ours, 4 times the episodes", "long", "ours", common.GREEN)]
+    with common.picture("optimum", 1, 1, (7, 3)) as axes:
+        axis = axes[0, 0]
+        for i, (label, group, who, colour) in enumerate(bars):
+            missing = {}
+            for x in runs:
+                if x["group"] == group and x["who"] == who:
+                    missing.setdefault(x["instance"], []).append(100 * (1 - x["share"]))
+            places = [instance + 0.27 * (i - 1) for instance in missing]
+            axis.bar(places, [statistics.mean(x) for x in missing.values()], 0.25, label=label,
+                     color=colour)
+            for place, values in zip(places, missing.values(), strict=True):  # each seed
+                axis.plot([place] * len(values), values, "_", color="black", markersize=8)
+        axis.set_xlabel("instance")
+        axis.set_ylabel("missing to the optimum,\n% of the possible gain")
+        axis.legend()
 
 
 if __name__ == "__main__":

@@ -13,20 +13,15 @@ a change of files, tests or bugs starts the list anew.
 """
 
 import hashlib
-import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from classic import hardware  # benchmarks/classic.py
+import common  # benchmarks/common.py
+from common import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "planted_bugs.json"
 TESTS = {
     "ppo_rlhf.py": ["test_math.py", "test_rollout.py", "test_update.py", "test_data.py",
                     "test_pipeline.py", "test_optimum.py"],
@@ -473,7 +468,9 @@ CLASSIC = [
      "            optimizer.zero_grad()\n",
      ""),
 ]
-BUGS = [("ppo_rlhf.py", *bug) for bug in RLHF] + [("ppo_classic.py", *bug) for bug in CLASSIC]
+FIELDS = ("seen", "bug", "line", "bugged_line")
+BUGS = [{"file": name} | dict(zip(FIELDS, bug, strict=True))
+        for name, bugs in (("ppo_rlhf.py", RLHF), ("ppo_classic.py", CLASSIC)) for bug in bugs]
 
 
 def fingerprint():
@@ -493,9 +490,8 @@ def first_failure(file_name, line, bugged_line):
         path = Path(folder, file_name)
         path.write_text(path.read_text().replace(line, bugged_line))
         tests = [f"tests/{test}" for test in TESTS[file_name]]
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-        process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900,
-                                 env=os.environ | {"OMP_NUM_THREADS": "1"})
+        process = common.run_python("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests,
+                                    cwd=folder, timeout=900, may_fail=True)
     if process.returncode == 0:
         return None
     failed = re.search(r"^(?:FAILED|ERROR) tests/([\w.]+)::(\w+)", process.stdout, re.M)
@@ -505,45 +501,37 @@ def first_failure(file_name, line, bugged_line):
 
 
 def plant(bug):
-    """Plant one bug. Returns: its record."""
-    file_name, seen, name, line, bugged_line = bug
-    if (count := (ROOT / file_name).read_text().count(line)) != 1:
-        raise ValueError(f"{name}: the line occurs {count} times in {file_name}")
-    return {"bug": name, "file": file_name, "seen": SEEN.get(seen, ""),
-            "caught_by": first_failure(file_name, line, bugged_line)}
+    """Plant one bug. Returns: where it was seen, and what caught it."""
+    if (count := (ROOT / bug["file"]).read_text().count(bug["line"])) != 1:
+        raise ValueError(f"{bug['bug']}: the line occurs {count} times in {bug['file']}")
+    return {"seen": SEEN.get(bug["seen"], ""),
+            "caught_by": first_failure(bug["file"], bug["line"], bug["bugged_line"])}
 
 
 def table(bugs):
     """A line per bug, then how many different tests did the catching; printed and written."""
-    order = {(bug[0], bug[2]): i for i, bug in enumerate(BUGS)}
-    lines = ["| file | planted bug | seen in | caught first by |", "|---|---|---|---|"]
-    for x in sorted(bugs, key=lambda x: order[x["file"], x["bug"]]):
-        lines.append(f"| {x['file']} | {x['bug']} | {x['seen']} | `{x['caught_by']}` |")
+    order = {(bug["file"], bug["bug"]): i for i, bug in enumerate(BUGS)}
+    lines = common.markdown(
+        ["file", "planted bug", "seen in", "caught first by"],
+        [[x["file"], x["bug"], x["seen"], f"`{x['caught_by']}`"]
+         for x in sorted(bugs, key=lambda x: order[x["file"], x["bug"]])])
     caught = {x["caught_by"] for x in bugs} - {None}
     lines.append(f"\n{len(bugs)} bugs, {sum(x['caught_by'] is None for x in bugs)} not caught, "
                  f"{len(caught)} different tests caught one first")
-    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    common.publish("planted_bugs", lines)
 
 
 def main():
     """Plant what is missing, two at a time, then print the table."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if "--table" not in sys.argv:
-        if results.get("fingerprint") != fingerprint():
-            for file_name in TESTS:
-                if failure := first_failure(file_name, "", ""):
-                    raise SystemExit(f"{failure} fails without any bug")
-            results = {"hardware": hardware("torch", "transformers", "gymnasium"),
-                       "fingerprint": fingerprint(), "bugs": []}
-        done = {(x["file"], x["bug"]) for x in results["bugs"]}
-        missing = [bug for bug in BUGS if (bug[0], bug[2]) not in done]
-        with ThreadPoolExecutor(2) as pool:
-            for future in as_completed([pool.submit(plant, bug) for bug in missing]):
-                results["bugs"].append(future.result())
-                RESULTS.write_text(json.dumps(results, indent=0))
-                print(future.result(), flush=True)
-    table(results["bugs"])
+    known = common.read_results("planted_bugs").get("fingerprint")
+    if "--table" not in sys.argv and known != fingerprint():
+        for file_name in TESTS:
+            if failure := first_failure(file_name, "", ""):
+                raise SystemExit(f"{failure} fails without any bug")
+        common.write_results("planted_bugs", {"fingerprint": fingerprint(), "bugs": []})
+    table(common.run_missing("planted_bugs", BUGS, ("file", "bug"), plant,
+                             ("torch", "transformers", "gymnasium"), ("caught_by",),
+                             field="bugs")["bugs"])
 
 
 if __name__ == "__main__":

@@ -10,20 +10,12 @@ benchmark continues where it stopped.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 import tempfile
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from classic import hardware  # benchmarks/classic.py
+import common  # benchmarks/common.py
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "reward_hacking.json"
-PICTURE = HERE / "results" / "reward_hacking.png"
 KL_COEFS, SEEDS = [0.0, 0.05, 0.2], [1, 2, 3]
 CURVES = {
     "rollout/score_mean": "proxy: reward-model score (SFT policy: mean 0, std 1)",
@@ -34,21 +26,17 @@ CURVES = {
 CRITIC = "ppo/explained_variance"  # recorded for the README, not plotted
 
 
-def one_run(kl_coef, seed):
+def one_run(job):
     """Run ppo_rlhf.py once in a folder of its own. Returns: curves and what the console told."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(HERE.parent / "ppo_rlhf.py"), "--kl-coef", str(kl_coef),
-                   "--seed", str(seed), "--output-dir", folder, "--run-name", "run"]
-        start = time.time()
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        process = subprocess.run(command, capture_output=True, text=True, check=True,
-                                 env=environment)
+        output = common.run_python(
+            common.ROOT / "ppo_rlhf.py", "--kl-coef", job["kl_coef"], "--seed", job["seed"],
+            "--output-dir", folder, "--run-name", "run").stdout
         lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
         metrics = [json.loads(line) for line in lines]
     return {
-        "kl_coef": kl_coef, "seed": seed, "seconds": round(time.time() - start),
-        "reward_model_accuracy": float(re.search(r"/accuracy ([\d.]+)", process.stdout)[1]),
-        "table": process.stdout[process.stdout.index("held-out prompts") - 4 :],
+        "reward_model_accuracy": float(re.search(r"_accuracy ([\d.]+)", output)[1]),
+        "table": output[output.index("held-out prompts") - 4 :],
         "worst_ratio_first": max((m["ppo/ratio_first"] for m in metrics), key=lambda x: abs(x - 1)),
         "episodes": [m["episodes"] for m in metrics],
         "curves": {key: [round(m[key], 4) for m in metrics] for key in [*CURVES, CRITIC]},
@@ -73,45 +61,30 @@ def summary(runs):
 
 def plot(runs):
     """Mean and range over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 4, figsize=(17, 3.6), layout="constrained")
-    colours = dict(zip(KL_COEFS, ("#c0392b", "#2471a3", "#7d8a97"), strict=True))
-    for axis, (key, title) in zip(axes, CURVES.items(), strict=True):
-        for kl_coef, colour in colours.items():
-            curves = [r["curves"][key] for r in runs if r["kl_coef"] == kl_coef]
-            points = list(zip(*curves, strict=True))
-            episodes = next(r["episodes"] for r in runs if r["kl_coef"] == kl_coef)
-            axis.plot(episodes, [sum(p) / len(p) for p in points], color=colour,
-                      label=f"kl_coef {kl_coef:g}")
-            axis.fill_between(episodes, [min(p) for p in points], [max(p) for p in points],
-                              color=colour, alpha=0.15, linewidth=0)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("episodes")
-        axis.grid(alpha=0.25)
-    axes[2].set_yscale("symlog", linthresh=10)
-    axes[0].legend(frameon=False, fontsize=9)
-    figure.savefig(PICTURE, dpi=110)
-    print(f"wrote {PICTURE}")
+    colours = dict(zip(KL_COEFS, (common.RED, common.BLUE, common.GREY), strict=True))
+    with common.picture("reward_hacking", 1, 4, (17, 3.6)) as axes:
+        for axis, (key, title) in zip(axes[0], CURVES.items(), strict=True):
+            for kl_coef, colour in colours.items():
+                curves = [r["curves"][key] for r in runs if r["kl_coef"] == kl_coef]
+                points = list(zip(*curves, strict=True))
+                episodes = next(r["episodes"] for r in runs if r["kl_coef"] == kl_coef)
+                axis.plot(episodes, [sum(p) / len(p) for p in points], color=colour,
+                          label=f"kl_coef {kl_coef:g}")
+                axis.fill_between(episodes, [min(p) for p in points], [max(p) for p in points],
+                                  color=colour, alpha=0.15, linewidth=0)
+            axis.set_title(title)
+            axis.set_xlabel("episodes")
+        axes[0, 2].set_yscale("symlog", linthresh=10)
+        axes[0, 0].legend()
 
 
 def main():
     """Run what is missing, two at a time, then summarise and plot."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": []}
-    done = {(r["kl_coef"], r["seed"]) for r in results["runs"]}
-    missing = [(k, s) for s in SEEDS for k in KL_COEFS if (k, s) not in done]
-    if "--plot" not in sys.argv and missing:
-        results["hardware"] = hardware("torch", "transformers", "tokenizers", "numpy")
-        with ThreadPoolExecutor(2) as pool:
-            for result in pool.map(one_run, *zip(*missing, strict=True)):
-                results["runs"].append(result)
-                RESULTS.write_text(json.dumps(results))
-                print(f"finished kl_coef {result['kl_coef']}, seed {result['seed']}", flush=True)
-    summary(results["runs"])
-    plot(results["runs"])
+    jobs = [{"kl_coef": kl_coef, "seed": seed} for seed in SEEDS for kl_coef in KL_COEFS]
+    runs = common.run_missing("reward_hacking", jobs, ("kl_coef", "seed"), one_run,
+                              ("torch", "transformers", "tokenizers", "numpy"))["runs"]
+    summary(runs)
+    plot(runs)
 
 
 if __name__ == "__main__":

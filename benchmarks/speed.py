@@ -1,15 +1,15 @@
-"""Steps per second, training included: ppo_classic.py, Stable-Baselines3, the environment alone.
+"""Steps per second, training included: ppo_classic.py, its first edition, Stable-Baselines3, the
+environment alone.
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
-    OMP_NUM_THREADS=1 python benchmarks/speed.py [--cleanrl PATH/TO/cleanrl/ppo.py]
+    python benchmarks/speed.py [--cleanrl PATH/TO/cleanrl/ppo.py]
 
 Only ratios mean something, on a machine that does nothing else: in each of 5 rounds all contestants
-run one after the other, and a ratio is the median of the 5 ratios within a round. Both learners do
-the same work: environments, rollout length, epochs, minibatches, two networks of 64-64 tanh units,
-value clipping, TensorBoard. About 4 minutes; results in results/speed.json.
+run one after the other, and a ratio is the median of the 5 ratios within a round. All learners do
+the same work on one thread: environments, rollout length, epochs, minibatches, two networks of
+64-64 tanh units, value clipping, TensorBoard. About 5 minutes; results in results/speed.json.
 """
 
-import json
 import re
 import subprocess
 import sys
@@ -18,10 +18,8 @@ import time
 from pathlib import Path
 from statistics import median
 
-from classic import hardware
+import common  # benchmarks/common.py
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "speed.json"
 PACKAGES = ("torch", "gymnasium", "mujoco", "numpy", "stable-baselines3")
 TASKS = {  # environments, steps per rollout, minibatch size, epochs, steps to measure
     "CartPole-v1": (4, 128, 128, 4, 51_200),
@@ -45,14 +43,22 @@ def environment_alone(env_id):
     return steps * num_envs / (time.perf_counter() - start)
 
 
-def ours(env_id):
+def ours(env_id, path=common.ROOT / "ppo_classic.py"):
     """ppo_classic.py through its command line; its own figure, charts/SPS, at the end."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(HERE.parent / "ppo_classic.py"), "--env-id", env_id,
-                   "--total-timesteps", str(TASKS[env_id][4]), "--output-dir", folder,
-                   "--eval-episodes", "0"]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        output = common.run_python(path, "--env-id", env_id, "--total-timesteps", TASKS[env_id][4],
+                                   "--output-dir", folder, "--eval-episodes", 0).stdout
     return float(re.findall(r"([\d,]+) steps/s", output)[-1].replace(",", ""))
+
+
+def first_edition(env_id):
+    """ppo_classic.py as it was before it was rewritten, taken from git."""
+    text = subprocess.run(["git", "show", "4de10bd:ppo_classic.py"], cwd=common.ROOT, check=True,
+                          capture_output=True).stdout
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "ppo_classic.py")
+        path.write_bytes(text)
+        return ours(env_id, path)
 
 
 def stable_baselines3(env_id):
@@ -76,31 +82,29 @@ def cleanrl(env_id):
     """A copy of CleanRL's ppo.py of your own, with its own figure: the last SPS it prints."""
     path = sys.argv[sys.argv.index("--cleanrl") + 1]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(Path(path).resolve()), "--total-timesteps",
-                   str(TASKS[env_id][4]), "--no-cuda"]
-        output = subprocess.run(command, capture_output=True, text=True, check=True,
-                                cwd=folder).stdout
+        output = common.run_python(Path(path).resolve(), "--total-timesteps", TASKS[env_id][4],
+                                   "--no-cuda", cwd=folder).stdout
     return float(re.findall(r"SPS: (\d+)", output)[-1])
 
 
-CONTESTANTS = {x.__name__: x for x in (environment_alone, ours, stable_baselines3, cleanrl)}
+CONTESTANTS = {x.__name__: x for x in (environment_alone, ours, first_edition, stable_baselines3,
+                                       cleanrl)}
 
 
 def measure(name, env_id):
     """One contestant in a process of its own. Returns: steps per second."""
-    arguments = [sys.executable, __file__, "--measure", name, env_id, *sys.argv[1:]]
-    output = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    output = common.run_python(__file__, "--measure", name, env_id, *sys.argv[1:]).stdout
     return float(output.splitlines()[-1])
 
 
 def main():
     """Five rounds of all contestants, then medians and ratios."""
-    results = {"hardware": hardware(*PACKAGES), "rounds": []}
+    results = {"hardware": common.hardware(*PACKAGES), "rounds": []}
     for number in range(1, 6):
         for env_id in TASKS:
-            names = ["environment_alone", "ours", "stable_baselines3"]
-            if "--cleanrl" in sys.argv and env_id == "CartPole-v1":
-                names.append("cleanrl")
+            names = list(CONTESTANTS)
+            if "--cleanrl" not in sys.argv or env_id != "CartPole-v1":
+                names.remove("cleanrl")
             speeds = {name: round(measure(name, env_id)) for name in names}
             results["rounds"].append({"round": number, "env_id": env_id} | speeds)
             print(results["rounds"][-1], flush=True)
@@ -111,7 +115,7 @@ def main():
             ratio = median(x["ours"] / x[name] for x in rounds)
             print(f"{env_id:15} {name:18} {median(speeds):8,.0f} steps/s "
                   f"({min(speeds):,}-{max(speeds):,}) | ours is {ratio:.2f} times as fast")
-    RESULTS.write_text(json.dumps(results))
+    common.write_results("speed", results)
 
 
 if __name__ == "__main__":

@@ -234,13 +234,18 @@ def test_tensorboard_gets_the_same_keys_and_the_curves_of_stages_1_and_2(full):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(full.folder)).Reload()
-    stages = {"sft/loss", "sft/grad_norm", "sft/perplexity", "reward_model/loss",
-              "reward_model/grad_norm", "reward_model/accuracy"}
+    stages = {"sft/loss", "sft/grad_norm", "sft/held_out_perplexity", "reward_model/loss",
+              "reward_model/grad_norm", "reward_model/accuracy", "reward_model/held_out_accuracy"}
     tags = set(events.Tags()["scalars"])
     assert {x for x in tags if not x.startswith(("sft/", "reward_model/"))} == KEYS | EVAL_KEYS
     assert tags > stages
+    for key in ("sft/loss", "reward_model/accuracy"):  # a curve, one point for each step
+        assert [x.step for x in events.Scalars(key)] == [1, 2, 3, 4, 5, 6, 7]
     assert [x.step for x in events.Scalars("rollout/kl")] == [8, 16, 24, 32]
     assert [x.step for x in events.Scalars("eval/kl")] == [16, 32]
+    texts = [x.tensor_proto.string_val[0].decode() for x in events.Tensors("samples/text_summary")]
+    shown = [str(x["response"]) for x in full.samples]
+    assert all(shown[2 * i] in x and shown[2 * i + 1] in x for i, x in enumerate(texts))
     assert [x.value for x in events.Scalars("rollout/kl")] == pytest.approx(
         column(full, "rollout/kl"), abs=1e-5)
 
@@ -584,7 +589,7 @@ def test_the_perplexity_in_the_table_is_that_of_held_out_demonstrations(full, ar
     logprobs, _, _ = policy(rows, 1.0)
     expected = math.exp(-logprobs[rows.response_mask].mean().item())
     assert table(full)["perplexity"][0] == pytest.approx(expected, rel=1e-3)
-    shown = float(re.search(r"sft/perplexity .*?(\d+\.\d+)", full.console)[1])
+    shown = float(re.search(r"sft/held_out_perplexity .*?(\d+\.\d+)", full.console)[1])
     assert shown == pytest.approx(expected, rel=1e-3)
 
 
@@ -797,7 +802,8 @@ def test_the_reward_model_is_judged_on_samples_to_held_out_prompts(compared):
     for part in (data, held_out):
         prompts = {row["prompt"] for row in part.prompts}
         assert {row["prompt"] for row in part.comparisons} <= prompts
-    assert list(results) == ["reward_model/accuracy"] and 0 < results["reward_model/accuracy"] < 1
+    (key, share), = results.items()
+    assert key == "reward_model/held_out_accuracy" and 0 < share < 1
 
 
 def test_the_annotator_prefers_more_gold_with_the_odds_of_bradley_terry(compared):

@@ -1,0 +1,130 @@
+"""What the benchmarks share: processes, results on disk, tables, and the look of the pictures.
+
+Importing it loads neither torch nor matplotlib.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+RED, BLUE, GREY, GREEN = "#c0392b", "#2471a3", "#7d8a97", "#117a65"
+
+
+def hardware(*packages):
+    """What results were measured on: machine, date, commit, and versions of packages."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True,
+                         capture_output=True)
+    found = {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(),
+             "date": time.strftime("%Y-%m-%d"), "commit": git.stdout.strip() or "unknown"}
+    torch = sys.modules.get("torch")  # only if the script itself uses it
+    if torch is not None and torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found | {name: version(name) for name in packages}
+
+
+def run_python(*arguments, may_fail=False, **options):
+    """Run a Python process on one thread of the CPU, because two may run at a time.
+
+    Returns: the finished process. Raises: RuntimeError with its last words if it failed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.run([sys.executable, *map(str, arguments)], env=environment, text=True,
+                             capture_output=True, **options)
+    if process.returncode != 0 and not may_fail:
+        raise RuntimeError(process.stderr[-3000:])
+    return process
+
+
+def read_results(name):
+    """The content of results/NAME.json; empty if there is no such file yet."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_results(name, results):
+    """Replace results/NAME.json in one step, so that it is complete at any time; a line per run."""
+    texts = {field: "[\n" + ",\n".join(map(json.dumps, x)) + "\n]" if isinstance(x, list)
+             else json.dumps(x) for field, x in results.items()}
+    parts = [f"{json.dumps(field)}: {text}" for field, text in texts.items()]
+    temporary = RESULTS / f"{name}.json.tmp"
+    temporary.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    temporary.replace(RESULTS / f"{name}.json")
+
+
+def timed(one_run, job):
+    """The result of one run, and how long it took."""
+    start = time.time()
+    return one_run(job) | {"seconds": round(time.time() - start)}
+
+
+def run_missing(name, jobs, keys, one_run, packages, shown=(), field="runs"):
+    """Run the jobs that results/NAME.json lacks, two at a time, and write each result at once.
+
+    keys: what tells one job from another; shown: what is printed of a finished run beside them.
+    With --plot or --table nothing runs. Returns: all results."""
+    results = {field: []} | read_results(name)
+    done = {tuple(x.get(key) for key in keys) for x in results[field]}
+    missing = [x for x in jobs if tuple(x.get(key) for key in keys) not in done]
+    if {"--plot", "--table"} & set(sys.argv) or not missing:
+        return results
+    machine, errors, pool = hardware(*packages), [], ThreadPoolExecutor(2)
+    results.setdefault("hardware", machine)  # of the first runs; later ones may differ
+    futures = {pool.submit(timed, one_run, job): job for job in missing}
+    try:
+        for future in as_completed(futures):
+            result = {key: x for key, x in futures[future].items() if key in keys}
+            if error := future.exception():  # the other runs go on
+                errors.append(f"{result} failed: {error}")
+                print(errors[-1], flush=True)
+                continue
+            result |= future.result() | {key: machine[key] for key in ("cpu", "date", "commit")}
+            results[field].append(result)
+            write_results(name, results)
+            print(", ".join(f"{key} {result[key]}" for key in (*keys, *shown, "seconds")
+                            if key in result), flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # interrupted: no further run starts
+    if errors:
+        raise SystemExit(f"{len(errors)} runs failed; the next call tries them again")
+    return results
+
+
+def markdown(columns, rows):
+    """A table, as lines."""
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|",
+            *(f"| {' | '.join(map(str, row))} |" for row in rows)]
+
+
+def publish(name, lines):
+    """Print lines, and write them to results/NAME.md."""
+    print("\n".join(lines))
+    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
+
+
+@contextlib.contextmanager
+def picture(name, rows, columns, size):
+    """Axes (rows, columns) to draw on; at the end of the block they become results/NAME.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    look = {"axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True, "axes.titlesize": 10,
+            "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+            "legend.fontsize": 9, "savefig.dpi": 110}
+    with plt.rc_context(look):
+        figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained",
+                                    squeeze=False)
+        yield axes
+        figure.savefig(RESULTS / f"{name}.png")
+    print(f"wrote {RESULTS / name}.png")
