@@ -691,15 +691,12 @@ class RewardModel(nn.Module):
         return rows
 
     def encode(self, prompts: list, responses: list[str], ended: list | None = None) -> list:
-        """Token ids of prompts with responses, cut at the front where they exceed the context."""
-        if ended is None:  # comparisons: cut both at the policy's length limit
-            limit = self.args.response_len
-            encoded = self.tokenizer(responses, add_special_tokens=False)["input_ids"]
-            ended = [len(ids) < limit for ids in encoded]
-            responses = [text if len(ids) < limit else self.tokenizer.decode(ids[:limit])
-                         for text, ids in zip(responses, encoded, strict=True)]
-        rows = encode_pairs(self.tokenizer, prompts, responses, ended)
-        return [cut_front(self.tokenizer, ids, context_len(self)) for ids in rows]
+        """Token ids of prompts with responses, cut at the front where they exceed the context.
+
+        Without ended, for comparisons, responses are cut at the policy's length limit."""
+        context = context_len(self)
+        rows = encode_pairs(self.tokenizer, prompts, responses, ended, self.args.response_len)
+        return [cut_front(self.tokenizer, ids, context) for ids in rows]
 
     def forward(self, prompts: list, responses: list[str], ended: list | None = None) -> Tensor:
         """Raw scores (rows,).
@@ -920,22 +917,29 @@ def encode_prompts(tokenizer, prompts: list) -> list[list[int]]:
     return [ids or [tokenizer.eos_token_id] for ids in encode_starts(tokenizer, texts)]
 
 
-def encode_pairs(tokenizer, prompts: list, responses: list[str], ended: list[bool]) -> list:
+def encode_pairs(
+    tokenizer, prompts: list, responses: list[str], ended: list[bool] | None, limit: int
+) -> list[list[int]]:
     """Token ids of prompts with responses, in the form in which reward models are trained on them.
 
-    A string prompt is followed by the response, and by EOS if the response has ended. Messages
-    go through the model's own chat template; a response that was cut gets no closing tokens."""
+    A string prompt is followed by the response, and by EOS if the response has ended. Messages go
+    through the model's own chat template; a response that was cut gets no closing tokens."""
     befores, afters = zip(*(frame(tokenizer, prompt) for prompt in prompts), strict=True)
-    if not isinstance(prompts[0], str):
-        return encode_starts(tokenizer, [
-            before + response + after * whole for before, response, after, whole
-            in zip(befores, responses, afters, ended, strict=True)])
     encoded = tokenizer(responses, add_special_tokens=False)["input_ids"]
+    if ended is None:
+        ended = [len(ids) < limit for ids in encoded]
+        encoded = [ids[:limit] for ids in encoded]
+        responses = [response if whole else tokenizer.decode(ids)
+                     for response, whole, ids in zip(responses, ended, encoded, strict=True)]
+    if not isinstance(prompts[0], str):
+        columns = zip(befores, responses, afters, ended, strict=True)
+        return encode_starts(tokenizer, [before + response + after * whole
+                                         for before, response, after, whole in columns])
     closing = tokenizer(afters[0], add_special_tokens=False)["input_ids"]
     # BERT-like models read prompt and response as a pair of texts: SEP stands between them.
     sep = [] if tokenizer.sep_token_id is None else [tokenizer.sep_token_id]
-    return [start + sep + ids + closing * whole for start, ids, whole
-            in zip(encode_starts(tokenizer, befores), encoded, ended, strict=True)]
+    columns = zip(encode_starts(tokenizer, befores), encoded, ended, strict=True)
+    return [start + sep + ids + closing * whole for start, ids, whole in columns]
 
 
 def cut_front(tokenizer, ids: list[int], limit: int) -> list[int]:
