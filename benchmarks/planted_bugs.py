@@ -4,12 +4,13 @@
     python benchmarks/planted_bugs.py             # runs what is missing, two at a time
     python benchmarks/planted_bugs.py --table     # the table, from the committed results (.json)
 
-Each bug happened to somebody (the table says where; numbers are issues and pull requests on GitHub)
-or is a near relative of one that did. For each, the behavioural tests run until the first failure,
-fastest file first; tests that compare the text of the files, their copies, or the README with
-results are left out: they would notice any change. First the files as they are have to pass. A bug
-that no test catches is a missing test. Each result is written to results/planted_bugs.json at once;
-a change of files, tests or bugs starts the list anew.
+Each bug happened to somebody (the table says where; numbers are issues and pull requests on
+GitHub), is a near relative of one that did, or was planted blind, by a helper that had not seen the
+tests. For each, the behavioural tests run until the first failure, fastest file first; tests that
+compare the text of the files, their copies, or the README with results are left out: they would
+notice any change. First the files as they are have to pass. A bug that no test catches is a missing
+test. Each result is written to results/planted_bugs.json at once; a change of files, tests or bugs
+starts the list anew.
 """
 
 import hashlib
@@ -47,24 +48,39 @@ SEEN = {
 # (key of SEEN or None, what the bug is, the line, the line with the bug)
 RLHF = [
     (1, "old log-probabilities without the attention mask",
-     "inputs = sequence_ids[idx], sequence_mask[idx], response_ids.shape[1]",
-     "inputs = sequence_ids[idx], torch.ones_like(sequence_mask[idx]), response_ids.shape[1]"),
+     "rows.old_logprobs, rows.entropies, rows.old_values = policy(rows, args.temperature)",
+     "rows.old_logprobs, rows.entropies, rows.old_values = policy(\n"
+     "            replace(rows, sequence_mask=torch.ones_like(rows.sequence_mask)), "
+     "args.temperature)"),
     (2, "position ids count the padding",
-     "return (mask.long().cumsum(-1) - 1).clamp(min=0)",
-     "return torch.arange(mask.shape[1]).expand_as(mask)"),
+     "positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]",
+     "positions = torch.arange(mask.shape[1]).expand_as(mask)[:, -ids.shape[1] :]"),
+    (2, "position ids cut from the wrong end",
+     "(mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]",
+     "(mask.long().cumsum(-1) - 1).clamp(min=0)[:, : ids.shape[1]]"),
+    (2, "a separate critic's trunk without position ids",
+     "hidden = self.trunk(input_ids=ids, attention_mask=mask, position_ids=positions,",
+     "hidden = self.trunk(input_ids=ids, attention_mask=mask,"),
     (3, "GAE without its mask",
      "rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)",
      "rewards, values = rewards, values"),
     (5, "the response mask forgets EOS",
-     "column_masks.append(~ended)  # EOS itself is real, what follows it is padding\n"
-     "        ended = ended | torch.isin(sampled, policy.eos_ids)",
-     "ended = ended | torch.isin(sampled, policy.eos_ids)\n        column_masks.append(~ended)"),
+     "sequence_mask[:, t] = ~ended  # EOS is a real token, what follows it is padding\n"
+     "            ended = ended | torch.isin(sampled, policy.eos_ids)\n",
+     "ended = ended | torch.isin(sampled, policy.eos_ids)\n"
+     "            sequence_mask[:, t] = ~ended\n"),
     (5, "masks from token identity instead of lengths",
      "    return ids.to(device), mask.to(device)\n",
      "    return ids.to(device), (ids != pad_id).to(device)\n"),
     (6, "only the first of several EOS ids ends a response",
      "ended = ended | torch.isin(sampled, policy.eos_ids)",
      "ended = ended | (sampled == policy.eos_ids[0])"),
+    (6, "a response goes on after its EOS",
+     "ended = ended | torch.isin(sampled, policy.eos_ids)",
+     "ended = torch.isin(sampled, policy.eos_ids)"),
+    (6, "the saved policy forgets all EOS ids but one",
+     "eos_token_id=model.eos_ids.tolist(), pad",
+     "eos_token_id=tokenizer.eos_token_id, pad"),
     (7, "the score one slot early",
      "last_token_idx = response_mask.sum(dim=1, keepdim=True) - 1  # (batch, 1)",
      "last_token_idx = (response_mask.sum(dim=1, keepdim=True) - 2).clamp(min=0)"),
@@ -75,39 +91,85 @@ RLHF = [
      "last_token_idx = response_mask.sum(dim=1, keepdim=True) - 1  # (batch, 1)",
      "last_token_idx = torch.full_like(response_mask[:, :1].long(), kl.shape[1] - 1)"),
     (8, "log-probabilities shifted by one",
-     "logits = logits[:, :-1]  # (batch, response_len, vocab): position t scores token t + 1",
+     "logits = logits[:, :-1]  # the logits at position t are those of token t + 1",
      "logits = logits[:, 1:]"),
     (8, "values read after the token instead of before it",
-     "hidden = output.hidden_states[-1][:, -response_len - 1 : -1]",
-     "hidden = output.hidden_states[-1][:, -response_len:]"),
+     "hidden = hidden[:, -response_len - 1 : -1].float()",
+     "hidden = hidden[:, -response_len:].float()"),
     (8, "a separate critic read one position late",
-     "hidden = output.last_hidden_state[:, -response_len - 1 : -1]",
-     "hidden = output.last_hidden_state[:, -response_len:]"),
+     "use_cache=False).last_hidden_state",
+     "use_cache=False).last_hidden_state.roll(-1, 1)"),
     (9, "temperature forgotten",
-     "logits = output.logits.float() / self.temperature", "logits = output.logits.float()"),
+     "logits = output.logits.float() / temperature",
+     "logits = output.logits.float()"),
+    (9, "the sampler at temperature 1",
+     "sample_tokens(policy, rows, u, args.temperature)",
+     "sample_tokens(policy, rows, u, 1.0)"),
+    (9, "the reference at temperature 1",
+     "rows.ref_logprobs, _, _ = reference(rows, args.temperature)",
+     "rows.ref_logprobs, _, _ = reference(rows, 1.0)"),
+    (9, "new log-probabilities at temperature 1",
+     "new_logprobs, entropies, new_values = policy(rows, args.temperature)",
+     "new_logprobs, entropies, new_values = policy(rows, 1.0)"),
+    (9, "SFT, PPO-ptx and perplexity at PPO's temperature",
+     "logprobs, _, _ = policy(rows, temperature=1.0)",
+     "logprobs, _, _ = policy(rows, policy.args.temperature)"),
     (10, "greedy instead of sampled",
-     "sampled = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)  # (batch,)",
-     "sampled = probabilities.argmax(-1)"),
+     "sampled = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)",
+     "sampled = logits.argmax(-1)"),
     (10, "PAD may be sampled",
-     "return logits.index_fill(-1, self.banned_ids, lowest), output", "return logits, output"),
-    (11, "dropout left on", "return lm.eval(), tokenizer", "return lm.train(), tokenizer"),
+     "logits = logits.index_fill(-1, self.banned_ids, torch.finfo(torch.float32).min)",
+     "logits = logits + 0"),
+    (11, "dropout left on",
+     "setattr(config, name, 0.0)",
+     "pass"),
+    (11, "dropout left on where its name is short, as in GPT-2",
+     'if "drop" in name and isinstance(value, float):',
+     'if "dropout" in name and isinstance(value, float):'),
+    (11, "the reward model keeps its dropout",
+     'if "drop" in name and isinstance(value, float):',
+     'if "drop" in name and isinstance(value, float) and kind == "ForCausalLM":'),
     (12, "the reference is the policy itself",
-     "reference = copy.deepcopy(policy).requires_grad_(False)", "reference = policy"),
+     "policy, reference = load_policy(sft, args), load_policy(sft, args).requires_grad_(False)",
+     "policy = reference = load_policy(sft, args)"),
     (12, "the reference follows the policy",
-     "if args.ref_update_interval and iteration % args.ref_update_interval == 0:", "if True:"),
+     "if args.ref_update_interval and iteration % args.ref_update_interval == 0:",
+     "if True:"),
+    (12, "the reference is refreshed an iteration early",
+     "if args.ref_update_interval and iteration % args.ref_update_interval == 0:",
+     "if args.ref_update_interval and (iteration + 1) % args.ref_update_interval == 0:"),
+    (12, "the refreshed reference is the policy's own language model",
+     "reference.lm.load_state_dict(policy.lm.state_dict())",
+     "reference.lm = policy.lm"),
+    (12, "the separate critic is the reward model itself",
+     "self.trunk = copy.deepcopy(trunk).requires_grad_(True)",
+     "self.trunk = trunk.requires_grad_(True)"),
+    (12, "the separate critic shares the policy's trunk",
+     "self.trunk = copy.deepcopy(trunk).requires_grad_(True)",
+     "self.trunk = copy.deepcopy(trunk).requires_grad_(True)\n"
+     "            if trunk is self.lm.base_model:\n"
+     "                self.trunk = trunk"),
     (13, "texts for the reward model padded on the left",
-     'ids, mask = pad_rows(rows, reward_model.config.pad_token_id, "right", reward_model.device)',
-     'ids, mask = pad_rows(rows, reward_model.config.pad_token_id, "left", reward_model.device)'),
+     'self.classifier.config.pad_token_id, "right", self.args.device)',
+     'self.classifier.config.pad_token_id, "left", self.args.device)'),
     (13, "scores read at the padding",
-     'ids, mask = pad_rows(rows, reward_model.config.pad_token_id, "right", reward_model.device)',
-     'ids, mask = pad_rows(rows, 3, "right", reward_model.device)'),
+     'self.classifier.config.pad_token_id, "right", self.args.device)',
+     '3, "right", self.args.device)'),
+    (13, "long texts lose their end for the reward model",
+     "return [cut_front(self.tokenizer, ids, context) for ids in rows]",
+     "return [ids[:context] for ids in rows]"),
     (14, "the penalty for a missing EOS falls on those that ended",
      "penalty = args.missing_eos_penalty * (~rollout.ended).float()  # (batch,)",
      "penalty = args.missing_eos_penalty * rollout.ended.float()"),
     (15, "k2 without the square",
-     "return 0.5 * log_ratio**2", "return 0.5 * log_ratio.abs()"),
+     "return 0.5 * log_ratio**2",
+     "return 0.5 * log_ratio.abs()"),
     (15, "k3 with the ratio upside down",
-     "return torch.exp(-log_ratio) - 1 + log_ratio", "return torch.exp(log_ratio) - 1 - log_ratio"),
+     "return torch.exp(-log_ratio) - 1 + log_ratio",
+     "return torch.exp(log_ratio) - 1 - log_ratio"),
+    (15, "the KL is in reward and loss",
+     'kl_coef if args.kl_in == "reward" else 0.0)',
+     "kl_coef)"),
     (16, "KL with the wrong sign in the reward",
      "return torch.where(response_mask, scores - kl_coef * kl, 0)",
      "return torch.where(response_mask, scores + kl_coef * kl, 0)"),
@@ -115,22 +177,39 @@ RLHF = [
      "error = max(-0.2, min(0.2, observed_kl / kl_target - 1))",
      "error = max(-0.2, min(0.2, 1 - observed_kl / kl_target))"),
     (16, "the logged KL is a mean per token",
-     "return torch.where(rollout.response_mask, kl, 0).sum(dim=1)",
-     "return masked_mean(kl, rollout.response_mask, 1)"),
-    (17, "accumulation averages averages in the update",
-     "share = mask.sum() / minibatch.response_mask.sum()",
-     "share = torch.tensor(len(mask) / len(minibatch.response_mask))"),
-    (17, "accumulation averages averages in SFT",
-     "loss = loss_sum(model, part) / num_terms",
-     "loss = loss_sum(model, part) / sum(len(x[1]) for x in part) * len(part) / len(examples)"),
+     "kl = torch.where(mask, kl, 0).sum(dim=1)  # (batch,)",
+     "kl = masked_mean(kl, mask, 1)"),
+    (16, "the adaptive coefficient is not used in the reward",
+     "compute_advantages(rollout, kl_coef, args)\n        stats",
+     "compute_advantages(rollout, args.kl_coef, args)\n"
+     "        stats"),
+    (16, "the adaptive coefficient is not used in the loss",
+     "update_policy(policy, optimizer, rollout, kl_coef, data.demonstrations, iteration,",
+     "update_policy(policy, optimizer, rollout, args.kl_coef, data.demonstrations, iteration,"),
+    (16, "the adaptive coefficient always starts anew",
+     'kl_coef = adaptive_kl_coef(kl_coef, metrics["kl"],',
+     'kl_coef = adaptive_kl_coef(args.kl_coef, metrics["kl"],'),
+    (16, "the adaptive coefficient follows the KL of the update, not the one to the reference",
+     'kl_coef = adaptive_kl_coef(kl_coef, metrics["kl"],',
+     'kl_coef = adaptive_kl_coef(kl_coef, stats["approx_kl"],'),
+    (17, "accumulation averages averages",
+     "share = count_terms(microbatch) / num_terms",
+     "share = len(microbatch) / len(rows)"),
+    (17, "gradients of microbatches are summed without weights",
+     '(coef * share * found["loss"]).backward()',
+     '(coef * found["loss"]).backward()'),
+    (17, "statistics of microbatches are summed without weights",
+     "stats[name] = stats.get(name, 0) + weight * value.detach()",
+     "stats[name] = stats.get(name, 0) + value.detach()"),
     (20, "advantages and returns swapped",
      "    return advantages, advantages + values\n",
      "    return advantages + values, advantages\n"),
     (21, "returns without the values",
-     "    return advantages, advantages + values\n", "    return advantages, advantages\n"),
+     "    return advantages, advantages + values\n",
+     "    return advantages, advantages\n"),
     (21, "the critic's targets from the wrong buffer",
-     "vf_loss, vf_clipfrac = value_loss(new_values, microbatch.old_values, microbatch.returns,",
-     "vf_loss, vf_clipfrac = value_loss(new_values, microbatch.old_values, microbatch.advantages,"),
+     "vf_loss, vf_clipfrac = value_loss(new_values, rows.old_values, rows.returns, mask,",
+     "vf_loss, vf_clipfrac = value_loss(new_values, rows.old_values, rows.advantages, mask,"),
     (21, "λ forgotten in the recursion",
      "next_advantage = delta + gamma * gae_lambda * next_advantage",
      "next_advantage = delta + gamma * next_advantage"),
@@ -138,70 +217,109 @@ RLHF = [
      "delta = rewards[:, t] + gamma * next_value - values[:, t]",
      "delta = rewards[:, t] + next_value - values[:, t]"),
     (22, "whitening counts the padding",
-     "variance = masked_mean((x - mean) ** 2, mask)", "variance = ((x - mean) ** 2).mean()"),
+     "variance = masked_mean((x - mean) ** 2, mask)",
+     "variance = ((x - mean) ** 2).mean()"),
     (22, "returns are whitened too",
      "        advantages = masked_whiten(advantages, mask)\n",
      "        advantages = masked_whiten(advantages, mask)\n"
      "        returns = masked_whiten(returns, mask)\n"),
+    (22, "whitened rewards lose their mean",
+     "rewards = masked_whiten(rewards, mask, shift_mean=False)",
+     "rewards = masked_whiten(rewards, mask)"),
+    (22, "rewards are whitened before the penalty for a missing EOS",
+     "    rewards = rewards - token_rewards(penalty, torch.zeros_like(kl), mask, 0.0)\n"
+     "    if args.whiten_rewards:\n"
+     "        rewards = masked_whiten(rewards, mask, shift_mean=False)\n",
+     "    if args.whiten_rewards:\n"
+     "        rewards = masked_whiten(rewards, mask, shift_mean=False)\n"
+     "    rewards = rewards - token_rewards(penalty, torch.zeros_like(kl), mask, 0.0)\n"),
     (23, "masking by multiplication",
-     "total, count = torch.where(mask, x, 0).sum(dim), mask.sum(dim)",
-     "total, count = (x * mask).sum(dim), mask.sum(dim)"),
+     "return torch.where(mask, x, 0).sum(dim) / mask.sum(dim)",
+     "return (x * mask).sum(dim) / mask.sum(dim)"),
     (24, "log-probabilities in the precision of the model",
-     "logits = output.logits.float() / self.temperature",
-     "logits = output.logits / self.temperature"),
+     "logits = output.logits.float() / temperature",
+     "logits = output.logits / temperature"),
     (25, "the separate critic starts from a random head",
-     "actor_critic.value_head.weight.copy_(head.weight / score_norm.std)",
-     "nn.init.normal_(actor_critic.value_head.weight)"),
+     "weight = source.classifier.score.weight / score.scale",
+     "weight = torch.randn_like(source.classifier.score.weight)"),
     (26, "the value head starts at random",
-     "nn.init.zeros_(self.value_head.weight)  # V = 0: at first no opinion [N details, P2]",
-     "nn.init.normal_(self.value_head.weight)"),
+     "        self.value_head.weight.data[:] = weight\n",
+     "        if self.trunk is not None:\n"
+     "            self.value_head.weight.data[:] = weight\n"),
     (27, "minibatches drawn with replacement",
-     "for part in split_list(rng.sample(rows, len(rows)), size)]",
-     "for part in split_list(rng.choices(rows, k=len(rows)), size)]"),
+     "return split_rows(rng.sample(range(num_rows), num_rows), size)",
+     "return split_rows(rng.choices(range(num_rows), k=num_rows), size)"),
     (27, "no epoch but the first",
-     "    for _ in range(args.update_epochs):\n        epoch = []",
-     "    for _ in range(1):\n        epoch = []"),
+     "for _ in range(args.update_epochs):\n",
+     "for _ in range(1):\n"),
     (28, "a rollout with its graph",
-     "@torch.no_grad()\ndef collect_rollout(", "def collect_rollout("),
+     "@torch.no_grad()\ndef collect_rollout(",
+     "def collect_rollout("),
+    (28, "the KL in the loss has no gradient",
+     "kl = kl_penalty(new_logprobs, rows.ref_logprobs, args.kl_estimator)",
+     "kl = kl_penalty(old_logprobs, rows.ref_logprobs, args.kl_estimator)"),
     (29, "a second BOS before chats",
-     "prompts = tokenizer(texts, add_special_tokens=not is_chat)",
-     "prompts = tokenizer(texts, add_special_tokens=True)"),
-    (29, "responses to learn from do not end", "[[[*ids, eos] for ids in column]",
-     "[[[*ids] for ids in column]"),
-    (29, "the policy's ids for a reward model with other tokens",
-     "retokenise=None if same_tokens else translate,", "retokenise=None,"),
-    (31, "the reference is saved as the policy",
-     "    save_policy(policy, log)\n    after =", "    save_policy(reference, log)\n    after ="),
-    (31, "what generates is not what was trained: top-p of the given model",
-     "policy.lm.generation_config = GenerationConfig(", "GenerationConfig("),
-    (33, "batches that do not divide are accepted",
-     "if getattr(args, whole) % getattr(args, part):", "if False:"),
-    (6, "a response goes on after its EOS",
-     "ended = ended | torch.isin(sampled, policy.eos_ids)\n        if ended.all():",
-     "ended = torch.isin(sampled, policy.eos_ids)\n        if ended.all():"),
+     "while bos is not None and ids[:1] == [bos]:",
+     "while False:"),
+    (29, "responses to learn from do not end",
+     "[[*ids, end][: args.response_len] for ids in response_rows]",
+     "[ids[: args.response_len] for ids in response_rows]"),
+    (29, "the critic starts from a reward model with other tokens",
+     "return same_tokens and context_len(source) >= seq_len",
+     "return context_len(source) >= seq_len"),
+    (29, "a second EOS for the reward model",
+     "texts = [ids[:-1] if ids[-1] in self.eos_ids else ids for ids in rows]",
+     "texts = rows"),
+    (29, "the same words with other ids taken as the same tokens",
+     "policy.tokenizer.get_vocab().items() <= source.tokenizer.get_vocab().items()",
+     "policy.tokenizer.get_vocab().keys() <= source.tokenizer.get_vocab().keys()"),
     (30, "the clip fraction counts the padding",
      "return loss, masked_mean((clipped < unclipped).float(), mask)",
      "return loss, (clipped < unclipped).float().mean()"),
     (30, "approx_kl counts the padding",
      'approx_kl = masked_mean(kl_penalty(old_logprobs, new_logprobs, "k3"), mask)',
      'approx_kl = kl_penalty(old_logprobs, new_logprobs, "k3").mean()'),
+    (31, "the reference is saved as the policy",
+     "            save_model(folder, policy)\n",
+     "            save_model(folder, reference)\n"),
+    (31, "what generates is not what was trained: top-p of the given model",
+     "weights.generation_config = transformers.GenerationConfig(",
+     "transformers.GenerationConfig("),
+    (31, "the saved policy forgets its temperature",
+     "do_sample=True, temperature=model.args.temperature,",
+     "do_sample=True, temperature=1.0,"),
     (32, "gradients are not clipped",
-     "norm = nn.utils.clip_grad_norm_(actor_critic.parameters(), args.max_grad_norm)",
-     "norm = nn.utils.clip_grad_norm_(actor_critic.parameters(), 1e9)"),
+     'stats["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)',
+     'stats["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1e9)'),
+    (32, "the gradient of the value head is not clipped",
+     'stats["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)',
+     'stats["grad_norm"] = nn.utils.clip_grad_norm_(\n'
+     '        [x for name, x in model.named_parameters() if "value_head" not in name], '
+     "args.max_grad_norm)"),
+    (33, "batches that do not divide are accepted",
+     "if getattr(args, whole) % getattr(args, part):",
+     "if False:"),
     (34, "a score of 0 is taken as missing",
-     "if scores.dim() == 1:", "if scores.dim() == 1 and scores.all():"),
+     "if scores.dim() == 1:",
+     "if scores.dim() == 1 and scores.all():"),
     (35, "explained variance with its arguments swapped",
-     'means["explained_variance"] = explained_variance(rollout.returns, rollout.old_values,',
-     'means["explained_variance"] = explained_variance(rollout.old_values, rollout.returns,'),
+     'stats["explained_variance"] = explained_variance(rollout.returns, rollout.old_values,',
+     'stats["explained_variance"] = explained_variance(rollout.old_values, rollout.returns,'),
     (35, "entropy with the wrong sign",
      "return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)",
      "return (logits.softmax(-1) * logits).sum(-1) - logits.logsumexp(-1)"),
+    (35, "the win rate of SFT over PPO",
+     "float(new[key] > old[key])",
+     "float(old[key] > new[key])"),
+    (35, "the columns SFT and PPO of the final table swapped",
+     "{old_metrics[name]:>9.3f}{value:>9.3f}",
+     "{value:>9.3f}{old_metrics[name]:>9.3f}"),
     (None, "the clip on the wrong side",
      "loss = -masked_mean(torch.min(unclipped, clipped), mask)",
      "loss = -masked_mean(torch.max(unclipped, clipped), mask)"),
     (None, "the ratio upside down",
-     "ratio = torch.exp(torch.where(mask, new_logprobs - old_logprobs, 0))\n    unclipped",
-     "ratio = torch.exp(torch.where(mask, old_logprobs - new_logprobs, 0))\n    unclipped"),
+     "ratio = torch.exp(torch.where(mask, new_logprobs - old_logprobs, 0))",
+     "ratio = torch.exp(torch.where(mask, old_logprobs - new_logprobs, 0))"),
     (None, "the policy loss with the wrong sign",
      "loss = -masked_mean(torch.min(unclipped, clipped), mask)",
      "loss = masked_mean(torch.min(unclipped, clipped), mask)"),
@@ -215,258 +333,388 @@ RLHF = [
      "loss = pg_loss + args.vf_coef * vf_loss - args.ent_coef * mean_entropy",
      "loss = pg_loss + args.vf_coef * vf_loss + args.ent_coef * mean_entropy"),
     (None, "the reward model prefers the rejected response",
-     "return chosen_scores - rejected_scores", "return rejected_scores - chosen_scores"),
+     "margins = chosen_scores - rejected_scores",
+     "margins = rejected_scores - chosen_scores"),
     (None, "SFT trains on the prompt too",
-     "return -torch.where(response_mask, logprobs, 0).sum()",
-     "return -policy(sequence_ids, sequence_mask, sequence_ids.shape[1] - 1)[0].sum()"),
+     "logprobs, _, _ = policy(rows, temperature=1.0)",
+     "rows = replace(rows, response_mask=rows.sequence_mask[:, 1:])\n"
+     "    logprobs, _, _ = policy(rows, temperature=1.0)"),
+    (None, "SFT trains on the rejected response",
+     '[row["prompt"] for row in rows], [row["chosen"] for row in rows])',
+     '[row["prompt"] for row in rows],\n'
+     '                           [row.get("rejected", row["chosen"]) for row in rows])'),
     (None, "the learning rate is not annealed",
-     "scale = 1 - (step - 1) / num_steps if anneal else 1.0", "scale = 1.0"),
+     "scale = 1 - (step - 1) / num_steps if anneal else 1.0",
+     "scale = 1.0"),
+    (None, "the schedule is one step behind and starts above its peak",
+     "scale = 1 - (step - 1) / num_steps if anneal else 1.0",
+     "scale = 1 - (step - 2) / num_steps if anneal else 1.0"),
+    (None, "the schedule is one step ahead and ends at rate 0",
+     "scale = 1 - (step - 1) / num_steps if anneal else 1.0",
+     "scale = 1 - step / num_steps if anneal else 1.0"),
     # found by a helper that was asked for bugs which no test catches
     (None, "PPO-ptx always draws the same demonstrations",
      "sample = rng.choices(demonstrations, k=args.minibatch_size)",
      "sample = demonstrations[: args.minibatch_size]"),
-    (None, "gradients of stages 1 and 2 pile up",
-     "        optimizer.step()\n        optimizer.zero_grad()\n        log.scalars",
-     "        optimizer.step()\n        log.scalars"),
-    (None, "gradients of stages 1 and 2 are not clipped",
-     "        nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)\n",
-     ""),
+    (None, "gradients pile up from step to step",
+     "    optimizer.step()\n    optimizer.zero_grad()\n",
+     "    optimizer.step()\n"),
     (None, "the rate of stages 1 and 2 is not annealed",
-     "optimizer.param_groups[0][\"lr\"] = learning_rate * lr_scale(step, num_steps)",
-     "optimizer.param_groups[0][\"lr\"] = learning_rate"),
+     "set_learning_rates(optimizer, step, len(minibatches))",
+     "set_learning_rates(optimizer, step, len(minibatches), anneal=False)"),
     (None, "equal scores are divided by almost 0",
-     "return ScoreNorm(mean, std if std > 1e-6 else 1.0)",
-     "return ScoreNorm(mean, std)"),
+     'if args.score_norm == "sft" and std > 1e-6:',
+     'if args.score_norm == "sft":'),
     (None, "scores are only shifted",
-     "return ScoreNorm(mean, std if std > 1e-6 else 1.0)",
-     "return ScoreNorm(mean)"),
-    (12, "the separate critic is the reward model itself",
-     "ActorCritic(policy, copy.deepcopy(reward_model.base_model).requires_grad_(True))",
-     "ActorCritic(policy, reward_model.base_model.requires_grad_(True))"),
+     "            self.scale = std\n",
+     "            self.scale = 1.0\n"),
     (None, "the separate critic's trunk is frozen",
-     "copy.deepcopy(reward_model.base_model).requires_grad_(True))",
-     "copy.deepcopy(reward_model.base_model))"),
+     "self.trunk = copy.deepcopy(trunk).requires_grad_(True)",
+     "self.trunk = copy.deepcopy(trunk)"),
     (None, "the critic's trunk is not in the optimizer",
-     "if not name.startswith(\"policy.\")]",
-     "if name.startswith(\"value_head.\")]"),
-    (None, "the rate is annealed in the log alone",
-     "group[\"lr\"] = scale * peak",
-     "group[\"lr\"] = peak"),
-    (28, "the KL in the loss has no gradient",
-     "kl = kl_penalty(new_logprobs, microbatch.ref_logprobs, args.kl_estimator)",
-     "kl = kl_penalty(old_logprobs, microbatch.ref_logprobs, args.kl_estimator)"),
+     'if not name.startswith("lm.")]',
+     'if name.startswith("value_head.")]'),
+    (None, "the schedule moves the policy's rate alone",
+     "for group in optimizer.param_groups:",
+     "for group in optimizer.param_groups[:1]:"),
     (None, "the KL in the loss pushes away",
      "loss = loss + kl_coef * masked_mean(kl, mask)",
      "loss = loss - kl_coef * masked_mean(kl, mask)"),
-    (15, "the KL is in reward and loss",
-     "kl_coef if args.kl_in == \"reward\" else 0.0)",
-     "kl_coef)"),
-    (16, "the adaptive coefficient is not used",
-     "rollout.rewards = compute_rewards(rollout, score_norm, kl_coef, args)",
-     "rollout.rewards = compute_rewards(rollout, score_norm, args.kl_coef, args)"),
-    (16, "the adaptive coefficient always starts anew",
-     "kl_coef = adaptive_kl_coef(kl_coef,",
-     "kl_coef = adaptive_kl_coef(args.kl_coef,"),
-    (22, "whitened rewards lose their mean",
-     "masked_whiten(rewards, mask, shift_mean=False) if",
-     "masked_whiten(rewards, mask) if"),
     (None, "--target-kl means 1.5 times as much",
      "approx_kl > args.target_kl:",
      "approx_kl > 1.5 * args.target_kl:"),
     (None, "the same random numbers in every iteration",
-     "seed = args.seed * 1_000_003 + iteration",
-     "seed = args.seed * 1_000_003"),
+     "seed = 1_000_003 * args.seed + iteration",
+     "seed = 1_000_003 * args.seed"),
+    (None, "the same order of minibatches in every iteration",
+     'rng, steps = random.Random(f"{args.seed} {iteration}"), []',
+     "rng, steps = random.Random(args.seed), []"),
     (None, "evaluation on training prompts",
-     "collect_rollout(actor_critic, reference, data.eval_prompts, args, args.seed)",
-     "collect_rollout(actor_critic, reference, data.prompts[: len(data.eval_prompts)], "
-     "args, args.seed)"),
-    (35, "the win rate of SFT over PPO",
-     "wins = (quality[1] > quality[0])",
-     "wins = (quality[0] > quality[1])"),
-    (9, "perplexity at PPO's temperature",
-     "perplexity(sft_policy, data.eval_demonstrations,\n",
-     "perplexity(actor_critic.policy, data.eval_demonstrations,\n"),
-    (9, "SFT at PPO's temperature",
-     "train_sft(sft_policy, data, args, log)",
-     "train_sft(policy, data, args, log)"),
-    (9, "PPO-ptx at PPO's temperature",
-     "sft_loss_sum, sft_policy, sample,",
-     "sft_loss_sum, actor_critic.policy, sample,"),
+     "data.held_out.prompts = list({prompt_key(x): x for x in data.held_out.prompts}.values())",
+     "data.held_out.prompts = data.prompts[: len(data.held_out.prompts)]"),
     (None, "evaluation demonstrations are trained on",
-     "train[:num_held], train[num_held:] if enough else train",
-     "train[:num_held], train"),
+     "                getattr(side, name).append(row)\n",
+     "                getattr(side, name).append(row)\n"
+     '                if side is not data and name == "demonstrations":\n'
+     "                    data.demonstrations.append(row)\n"),
     (None, "the annotator prefers the worse response",
-     "math.exp(2 * (gold[1] - gold[0]))",
-     "math.exp(2 * (gold[0] - gold[1]))"),
-    (None, "reward-model accuracy on training prompts",
-     "rng.choices(data.eval_prompts, k=500)",
-     "rng.choices(data.prompts, k=500)"),
-    (29, "a second EOS for the reward model",
-     "and end is not None and row[-1:] != [end] else row",
-     "and end is not None else row"),
-    (29, "the same words with other ids taken as the same tokens",
-     "tokenizer.get_vocab().items() <= reward_tokenizer.get_vocab().items()",
-     "tokenizer.get_vocab().keys() <= reward_tokenizer.get_vocab().keys()"),
-    (31, "the saved policy forgets its temperature",
-     "do_sample=True, temperature=policy.temperature,",
-     "do_sample=True, temperature=1.0,"),
-    (6, "the saved policy forgets all EOS ids but one",
-     "eos_token_id=policy.eos_ids.tolist(), pad_token_id=policy.pad_id,",
-     "eos_token_id=log.tokenizer.eos_token_id, pad_token_id=policy.pad_id,"),
+     "math.exp(2 * (golds[j] - golds[i]))",
+     "math.exp(2 * (golds[i] - golds[j]))"),
+    (None, "reward-model accuracy on the comparisons of its training",
+     "if comparisons := data.held_out.comparisons:",
+     "if comparisons := data.comparisons:"),
     (None, "the EOS share upside down",
-     "ended.float().mean().item()",
-     "(~ended).float().mean().item()"),
+     '"eos_share": rollout.ended.float()',
+     '"eos_share": (~rollout.ended).float()'),
     (None, "distinct bigrams over the number of responses",
      "len(set(bigrams)) / max(1, len(bigrams))",
      "len(set(bigrams)) / len(responses)"),
     (None, "perplexity per response",
-     "math.exp(sum(losses) / count_response_tokens(demonstrations))",
-     "math.exp(sum(losses) / len(demonstrations))"),
+     "return float(total / num_terms)",
+     "return float(total / len(rows))"),
     (None, "accuracy counts the wrong side",
-     "[score_margins(reward_model, x) > 0 for x in parts]",
-     "[score_margins(reward_model, x) < 0 for x in parts]"),
-    (13, "long texts lose their end for the reward model",
-     "rows = [ids[-context:] for ids in sequences]",
-     "rows = [ids[:context] for ids in sequences]"),
+     '"accuracy": (margins > 0).float().mean()',
+     '"accuracy": (margins < 0).float().mean()'),
     (None, "γ and λ change places",
-     "gae(rewards, values, mask, args.gamma, args.gae_lambda)",
-     "gae(rewards, values, mask, args.gae_lambda, args.gamma)"),
+     "gae(rewards, rollout.old_values, mask, args.gamma, args.gae_lambda)",
+     "gae(rewards, rollout.old_values, mask, args.gae_lambda, args.gamma)"),
     (None, "a sample's total is a mean",
-     "\"total\": rollout.rewards[i].sum().item()",
-     "\"total\": rollout.rewards[i].mean().item()"),
-    (None, "gradients of the update pile up",
-     "            optimizer.step()\n            optimizer.zero_grad()\n",
-     "            optimizer.step()\n"),
-    (None, "running statistics forget how many they have seen",
-     "self.mean, self.count = self.mean + delta * count / total, total",
-     "self.mean, self.count = self.mean + delta * count / total, count"),
+     'columns["total"] = rollout.rewards.sum(dim=1).tolist()',
+     'columns["total"] = rollout.rewards.mean(dim=1).tolist()'),
     (None, "policy and critic swap their rates",
-     "(args.learning_rate, args.critic_learning_rate), strict=True)",
-     "(args.critic_learning_rate, args.learning_rate), strict=True)"),
+     '"peak": args.learning_rate},\n'
+     '         {"params": critic, "peak": args.critic_learning_rate}]',
+     '"peak": args.critic_learning_rate},\n'
+     '         {"params": critic, "peak": args.learning_rate}]'),
     (None, "--max-kl ends the run below it",
-     "metrics[\"kl\"] > args.max_kl:",
-     "metrics[\"kl\"] < args.max_kl:"),
+     'metrics["kl"] > args.max_kl:',
+     'metrics["kl"] < args.max_kl:'),
     (None, "the weight of PPO-ptx ignored",
-     "(coef * loss).backward()",
-     "loss.backward()"),
+     '(coef * share * found["loss"]).backward()',
+     '(share * found["loss"]).backward()'),
     (None, "warm-up starts at rate 0",
-     "min(1.0, step / warmup)",
-     "min(1.0, (step - 1) / warmup)"),
+     "min(1.0, step / max(1, warmup))",
+     "min(1.0, (step - 1) / warmup if warmup else 1.0)"),
     (None, "scores are not normalised",
-     "scores, mask = score_norm(rollout.scores), rollout.response_mask",
-     "scores, mask = rollout.scores, rollout.response_mask"),
-    (12, "the separate critic shares the policy's trunk",
-     "return ActorCritic(policy, copy.deepcopy(policy.lm.base_model)).to",
-     "return ActorCritic(policy, policy.lm.base_model).to"),
-    (17, "statistics of microbatches are summed without weights",
-     "totals[name] = totals.get(name, 0.0) + (share * value).item()",
-     "totals[name] = totals.get(name, 0.0) + value.item()"),
-    (2, "position ids cut from the wrong end",
-     "position_ids=position_ids(mask)[:, -ids.shape[1] :], **kwargs)",
-     "position_ids=position_ids(mask)[:, : ids.shape[1]], **kwargs)"),
+     "return (raw.to(ended.device) - self.offset) / self.scale",
+     "return raw.to(ended.device)"),
+    (None, "the mean of the scores is subtracted after the scaling",
+     "return (raw.to(ended.device) - self.offset) / self.scale",
+     "return raw.to(ended.device) / self.scale - self.offset"),
     (None, "every pass over the prompts in the same order",
-     "shuffled_indices(len(prompts), f\"{seed} {epoch}\")",
-     "shuffled_indices(len(prompts), f\"{seed}\")"),
-    (11, "the reward model keeps its dropout",
-     "return reward_model.eval(), tokenizer",
-     "return reward_model, tokenizer"),
+     'random.Random(f"{seed} {epoch}").sample(rows, len(rows))',
+     'random.Random(f"{seed}").sample(rows, len(rows))'),
+    (None, "score statistics of demonstrations instead of samples",
+     "    score.measure(policy, prompt_batch(data.prompts, 1, 2 * args.batch_size, "
+     "args.seed), args)\n",
+     "    score.measure(policy, prompt_batch(data.prompts, 1, 2 * args.batch_size, "
+     "args.seed), args)\n"
+     '    if args.score_norm == "sft" and data.demonstrations:\n'
+     "        rows = data.demonstrations[: 2 * args.batch_size]\n"
+     "        rollout = policy.collate(rows)\n"
+     "        ended = torch.ones(len(rows), dtype=torch.bool, device=args.device)\n"
+     "        score.offset, score.scale = 0.0, 1.0\n"
+     "        raw = score(rows, *policy.decode(rollout), ended)\n"
+     "        std = raw.std(correction=0).item()\n"
+     "        score.offset, score.scale = raw.mean().item(), std if std > 1e-6 else 1.0\n"),
+    # planted blind: by a helper that had not seen the tests
+    (None, "every epoch of stages 1 and 2 in the same order",
+     "for idx in shuffled_minibatches(len(rows), args.minibatch_size, rng)]",
+     "for idx in shuffled_minibatches(len(rows), args.minibatch_size,\n"
+     "                                                   random.Random(args.seed))]"),
+    (None, "the new reward head depends on what ran before it",
+     "    torch.manual_seed(args.seed)\n"
+     '    if args.dataset == "reviews":\n',
+     '    if args.dataset == "reviews":\n'),
+    (None, "args.json is written before the derived settings are known",
+     "    score = try_given_models(data, args)  # None if the reward model is still to be "
+     "trained\n"
+     "    log = RunLog(args)\n",
+     "    log = RunLog(args)\n"
+     "    score = try_given_models(data, args)  # None if the reward model is still to be "
+     "trained\n"),
+    (None, "the adaptive coefficient counts the episodes since the start",
+     'metrics["kl"], args.kl_target, args.batch_size,\n',
+     'metrics["kl"], args.kl_target,\n'
+     "                                       iteration * args.batch_size,\n"),
+    (None, "the policy that exceeded --max-kl is saved",
+     '        if args.max_kl is not None and metrics["kl"] > args.max_kl:\n'
+     "            print(f\"ppo          ends: the KL, {metrics['kl']:.2f} nats, is above "
+     '--max-kl")\n'
+     "            break\n"
+     "        if args.kl_target is not None:\n"
+     '            kl_coef = adaptive_kl_coef(kl_coef, metrics["kl"], args.kl_target, '
+     "args.batch_size,\n"
+     "                                       args.kl_horizon)\n"
+     "        if args.ref_update_interval and iteration % args.ref_update_interval == 0:\n"
+     "            reference.lm.load_state_dict(policy.lm.state_dict())\n"
+     "        if iteration % args.save_interval == 0 or iteration == num_iterations:\n"
+     "            save_model(folder, policy)\n",
+     "        if iteration % args.save_interval == 0 or iteration == num_iterations:\n"
+     "            save_model(folder, policy)\n"
+     '        if args.max_kl is not None and metrics["kl"] > args.max_kl:\n'
+     "            print(f\"ppo          ends: the KL, {metrics['kl']:.2f} nats, is above "
+     '--max-kl")\n'
+     "            break\n"
+     "        if args.kl_target is not None:\n"
+     '            kl_coef = adaptive_kl_coef(kl_coef, metrics["kl"], args.kl_target, '
+     "args.batch_size,\n"
+     "                                       args.kl_horizon)\n"
+     "        if args.ref_update_interval and iteration % args.ref_update_interval == 0:\n"
+     "            reference.lm.load_state_dict(policy.lm.state_dict())\n"),
+    (None, "the evaluation after PPO takes the policy in memory, not the saved one",
+     "after = evaluate(load_policy(folder, args), reference,",
+     "after = evaluate(policy, reference,"),
+    (None, "PPO-ptx draws held-out demonstrations",
+     "update_policy(policy, optimizer, rollout, kl_coef, data.demonstrations, iteration,",
+     "update_policy(policy, optimizer, rollout, kl_coef, data.held_out.demonstrations, iteration,"),
+    (None, "--target-kl looks at the mean over all epochs, not the last",
+     '        approx_kl = sum(step["approx_kl"] for step in epoch) / len(epoch)\n',
+     '        approx_kl = sum(step["approx_kl"] for step in steps) / len(steps)\n'),
+    (None, "the critic is added before offset and scale of the scores are measured",
+     "    score.measure(policy, prompt_batch(data.prompts, 1, 2 * args.batch_size, "
+     "args.seed), args)\n"
+     "    policy.add_critic(score)\n",
+     "    policy.add_critic(score)\n"
+     "    score.measure(policy, prompt_batch(data.prompts, 1, 2 * args.batch_size, "
+     "args.seed), args)\n"),
+    (None, "the logged KL follows --kl-estimator",
+     'kl = kl_penalty(rollout.old_logprobs, rollout.ref_logprobs, "k1")',
+     "kl = kl_penalty(rollout.old_logprobs, rollout.ref_logprobs, args.kl_estimator)"),
+    (None, "the perplexity is that of the reference",
+     'nats = held_out_mean(policy, sft_loss, "loss", held_out.demonstrations, args)',
+     'nats = held_out_mean(reference, sft_loss, "loss", held_out.demonstrations, args)'),
+    (None, "prompts held out of --dataset are forgotten with --sft-dataset",
+     "keys |= set(random.Random(args.seed)",
+     "keys = set(random.Random(args.seed)"),
+    (None, "the derived score_norm stays in a copy of the settings",
+     'args.score_norm = args.score_norm or ("none" if dense else "center")',
+     'args = replace(args, score_norm=args.score_norm or ("none" if dense else "center"))'),
+    (None, "the critic's rate follows the default instead of --learning-rate",
+     '"critic_learning_rate": 10 * learning_rate,',
+     '"critic_learning_rate": 10 * (1e-4 if scratch else 3e-6),'),
+    (None, "held-out means weigh rows instead of tokens",
+     "        total += count_terms(microbatch) * loss_fn(model, microbatch)[key]\n"
+     "        num_terms += count_terms(microbatch)\n",
+     "        total += len(part) * loss_fn(model, microbatch)[key]\n"
+     "        num_terms += len(part)\n"),
+    (None, "--sft-dataset is read with the split of --dataset",
+     'read_rows("--sft-dataset", args.sft_dataset, "train", wanted)',
+     'read_rows("--sft-dataset", args.sft_dataset, args.dataset_split,\n'
+     "                                   wanted)"),
+    (None, "the times of sampling and scoring change names",
+     '("rollout_s", "score_s", "update_s")',
+     '("score_s", "rollout_s", "update_s")'),
 ]
 CLASSIC = [
     (18, "truncated treated as terminated",
      "torch.where(terminated, 0, next_values)",
      "torch.where(terminated | truncated, 0, next_values)"),
     (18, "terminated treated as truncated",
-     "torch.where(terminated, 0, next_values)", "next_values"),
+     "torch.where(terminated, 0, next_values)",
+     "next_values"),
     (18, "bootstrap from the first observation of the next episode",
-     'next_obs[i] = infos["final_obs"][i]', "pass"),
+     'next_obs[i] = infos["final_obs"][i]',
+     "pass"),
+    (18, "values of the next states are those of the states",
+     "agent.values(next_obs)",
+     "agent.values(obs)"),
     (4, "advantages run on over the end of an episode",
-     "(~(terminated | truncated)).to(values.dtype)", "(~terminated).to(values.dtype)"),
+     "(~(terminated | truncated)).to(values.dtype)",
+     "(~terminated).to(values.dtype)"),
     (4, "the end of an episode one step late",
      "decays = gamma * gae_lambda * (~(terminated | truncated)).to(values.dtype)",
      "decays = gamma * gae_lambda * (~(terminated | truncated).roll(1, 0)).to(values.dtype)"),
-    (19, "autoreset on the next step", "AutoresetMode.SAME_STEP)", "AutoresetMode.NEXT_STEP)"),
+    (19, "autoreset on the next step",
+     "AutoresetMode.SAME_STEP)",
+     "AutoresetMode.NEXT_STEP)"),
     (21, "returns without the values",
-     "    return advantages, advantages + values\n", "    return advantages, advantages\n"),
+     "    return advantages, advantages + values\n",
+     "    return advantages, advantages\n"),
+    (22, "returns are whitened too",
+     "        advantages = whiten(advantages)\n",
+     "        advantages, returns = whiten(advantages), whiten(returns)\n"),
     (27, "minibatches drawn with replacement",
-     "torch.randperm(batch_size).split(",
-     "torch.randint(batch_size, (batch_size,)).split("),
+     "order = torch.randperm(args.batch_size)",
+     "order = torch.randint(args.batch_size, (args.batch_size,))"),
+    (28, "the entropy of a Gaussian has no gradient",
+     "gaussian_entropy(self.log_std)",
+     "gaussian_entropy(self.log_std.detach())"),
+    (32, "only the actor's gradient is clipped",
+     "nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)",
+     "nn.utils.clip_grad_norm_(agent.actor.parameters(), args.max_grad_norm)"),
+    (35, "explained variance with its arguments swapped",
+     "explained_variance(rollout.returns, rollout.old_values)",
+     "explained_variance(rollout.old_values, rollout.returns)"),
     (36, "observation statistics that never move",
-     "agent.obs_norm.update(rollout.obs.flatten(0, 1))", "pass"),
+     "agent.obs_norm.update(rollout.obs.flatten(0, 1))",
+     "pass"),
+    (36, "observation statistics from environment 0 alone",
+     "agent.obs_norm.update(rollout.obs.flatten(0, 1))",
+     "agent.obs_norm.update(rollout.obs[:, 0])"),
     (36, "evaluation samples its actions",
-     "agent.act(obs[None], greedy=True)", "agent.act(obs[None])"),
+     "agent.act(envs.obs, greedy=True)",
+     "agent.act(envs.obs)"),
+    (36, "evaluation starts where training did",
+     "Envs([lambda: env], args.seed + 1_000_000, args.gamma)",
+     "Envs([lambda: env], args.seed, args.gamma)"),
     (36, "statistics are not saved",
      'self.register_buffer("mean", torch.zeros(size))',
      'self.register_buffer("mean", torch.zeros(size), persistent=False)'),
     (37, "log-probabilities averaged over action dimensions",
-     "0.5 * math.log(2 * math.pi)).sum(dim=-1)", "0.5 * math.log(2 * math.pi)).mean(dim=-1)"),
+     "0.5 * math.log(2 * math.pi)).sum(dim=-1)",
+     "0.5 * math.log(2 * math.pi)).mean(dim=-1)"),
     (37, "entropies averaged over action dimensions",
      "0.5 * math.log(2 * math.pi * math.e)).sum(dim=-1)",
      "0.5 * math.log(2 * math.pi * math.e)).mean(dim=-1)"),
     (37, "unbounded actions reach the environment",
-     "return np.clip(actions, space.low, space.high)", "return actions"),
+     "np.clip(actions, space.low, space.high).astype(space.dtype)",
+     "actions.astype(space.dtype)"),
     (None, "reward statistics run on over the end of an episode",
-     "self.discounted = torch.where(ended, 0, rows[-1])", "self.discounted = rows[-1]"),
-    (None, "β moves the wrong way", "if observed_kl < kl_target / 1.5:",
+     "self.returns[i] = self.lengths[i] = self.reward_sums[i] = 0",
+     "self.returns[i] = self.lengths[i] = 0"),
+    (None, "reward statistics without discount",
+     "reward_sums = self.gamma * self.reward_sums + rewards",
+     "reward_sums = self.reward_sums + rewards"),
+    (None, "β moves the wrong way",
+     "if observed_kl < kl_target / 1.5:",
      "if observed_kl > kl_target / 1.5:"),
-    (None, "KL(new, old) instead of KL(old, new)",
-     "kl_beta * kl_penalty(old_logprobs, new_logprobs).mean()",
-     "kl_beta * kl_penalty(new_logprobs, old_logprobs).mean()"),
-    (None, "the learning rate is not annealed",
-     "scale = 1 - (iteration - 1) / args.num_iterations if args.anneal_lr else 1.0",
-     "scale = 1.0"),
-    # found by the same helper
-    (None, "hidden layers start with gain 1",
-     "(math.sqrt(2), math.sqrt(2), output_gain)",
-     "(1.0, 1.0, output_gain)"),
-    (36, "evaluation starts where training did",
-     "env.reset(seed=args.seed * 1_000_003 + episode)",
-     "env.reset(seed=args.seed + episode)"),
-    (None, "the curve of returns shows lengths",
-     "add_scalar(\"charts/episodic_return\", episode_return, step)",
-     "add_scalar(\"charts/episodic_return\", length, step)"),
-    (None, "observations are clipped on one side",
-     "(rows - self.mean) * torch.rsqrt(self.var + 1e-8)).clamp(-10, 10)",
-     "(rows - self.mean) * torch.rsqrt(self.var + 1e-8)).clamp(max=10)"),
-    (None, "scaled rewards are clipped on one side",
-     "(rewards * torch.rsqrt(self.stats.var + 1e-8)).clamp(-10, 10)",
-     "(rewards * torch.rsqrt(self.stats.var + 1e-8)).clamp(max=10)"),
     (None, "β always starts anew",
      "kl_beta = adaptive_kl_beta(kl_beta,",
      "kl_beta = adaptive_kl_beta(args.kl_beta,"),
-    (35, "explained variance with its arguments swapped",
-     "explained_variance(rollout.returns, rollout.old_values)",
-     "explained_variance(rollout.old_values, rollout.returns)"),
+    (None, "KL(new, old) instead of KL(old, new)",
+     "kl_beta * kl_penalty(old_logprobs, new_logprobs).mean()",
+     "kl_beta * kl_penalty(new_logprobs, old_logprobs).mean()"),
+    (None, "a KL penalty beside the clip",
+     'kl_beta = args.kl_beta if args.policy_loss in ("kl-fixed", "kl-adaptive") else 0.0',
+     "kl_beta = args.kl_beta"),
+    (None, "the learning rate is not annealed",
+     "progress = (iteration - 1) / num_iterations if args.anneal_lr else 0.0",
+     "progress = 0.0"),
     (None, "the value loss takes the smaller error",
      "loss = 0.5 * torch.max(unclipped, clipped).mean()",
      "loss = 0.5 * torch.min(unclipped, clipped).mean()"),
     (None, "the clip on the wrong side",
      "loss = -torch.min(unclipped, clipped).mean()",
      "loss = -torch.max(unclipped, clipped).mean()"),
+    (None, "gradients of the update pile up",
+     "            optimizer.zero_grad()\n",
+     ""),
+    # found by a helper that was asked for bugs which no test catches
+    (None, "hidden layers start with gain 1",
+     "(math.sqrt(2), math.sqrt(2), output_gain)",
+     "(1.0, 1.0, output_gain)"),
+    (None, "the curve of returns shows lengths",
+     'add_scalar("charts/episodic_return", episode_return, step)',
+     'add_scalar("charts/episodic_return", length, step)'),
+    (None, "observations are clipped on one side",
+     "((rows - self.mean) * torch.rsqrt(self.var + 1e-8)).clamp(-10, 10)",
+     "((rows - self.mean) * torch.rsqrt(self.var + 1e-8)).clamp(max=10)"),
+    (None, "scaled rewards are clipped on one side",
+     "(rewards * torch.rsqrt(reward_stats.var + 1e-8)).clamp(-10, 10)",
+     "(rewards * torch.rsqrt(reward_stats.var + 1e-8)).clamp(max=10)"),
     (None, "the last iterations are not saved",
-     "\n    save_model(log.run_dir / \"model.pt\", agent, reward_norm, args)\n    "
-     "log.writer.close()",
-     "\n    log.writer.close()"),
-    (22, "returns are whitened too",
-     "return whiten(advantages) if args.norm_advantages else advantages, returns",
-     "return whiten(advantages) if args.norm_advantages else advantages, whiten(returns)"),
+     "due = iteration % max(1, num_iterations // 20) == 0 or iteration == num_iterations",
+     "due = iteration % max(1, num_iterations // 20) == 0"),
     (None, "the clip fraction counts actions that are not cut",
      "return loss, (clipped < unclipped).float().mean()",
      "return loss, (clipped != unclipped).float().mean()"),
     (None, "the flag for value clipping upside down",
      "vf_clip_coef = args.clip_coef if args.clip_vloss else math.inf",
      "vf_clip_coef = math.inf if args.clip_vloss else args.clip_coef"),
-    (18, "values of the next states are those of the states",
-     "agent.values(next_obs))",
-     "agent.values(obs))"),
-    (None, "a KL penalty beside the clip",
-     "args.kl_beta if args.policy_loss.startswith(\"kl\") else 0.0",
-     "args.kl_beta"),
-    (None, "reward statistics without discount",
-     "rows.append(self.gamma * self.discounted + reward)",
-     "rows.append(self.discounted + reward)"),
-    (None, "gradients of the update pile up",
-     "            optimizer.zero_grad()\n",
-     ""),
+    # planted blind: by a helper that had not seen the tests
+    (None, "rewards are divided by the std of single rewards",
+     "reward_stats.update(reward_sums.reshape(-1, 1))",
+     "reward_stats.update(rewards.reshape(-1, 1))"),
+    (None, "the saved model lacks the observation statistics of the last rollout",
+     "        if args.norm_obs:  # after the update: old and new log-probabilities need "
+     "the same inputs\n"
+     "            agent.obs_norm.update(rollout.obs.flatten(0, 1))\n"
+     "        due = iteration % max(1, num_iterations // 20) == 0 or iteration == num_iterations\n"
+     '        log.iteration(envs, stats | {"kl_beta": kl_beta}, learning_rate, due)\n'
+     "        if due:  # write, then rename: a run that is killed leaves no half-written file\n"
+     '            saved = {"args": asdict(args), "agent": agent.state_dict()}\n'
+     '            torch.save(saved, log.run_dir / "model.tmp")\n'
+     '            (log.run_dir / "model.tmp").replace(log.run_dir / "model.pt")\n',
+     "        due = iteration % max(1, num_iterations // 20) == 0 or iteration == "
+     "num_iterations\n"
+     '        log.iteration(envs, stats | {"kl_beta": kl_beta}, learning_rate, due)\n'
+     "        if due:  # write, then rename: a run that is killed leaves no half-written file\n"
+     '            saved = {"args": asdict(args), "agent": agent.state_dict()}\n'
+     '            torch.save(saved, log.run_dir / "model.tmp")\n'
+     '            (log.run_dir / "model.tmp").replace(log.run_dir / "model.pt")\n'
+     "        if args.norm_obs:  # after the update: old and new log-probabilities need "
+     "the same inputs\n"
+     "            agent.obs_norm.update(rollout.obs.flatten(0, 1))\n"),
+    (None, "the log shows the β of the next update",
+     '        log.iteration(envs, stats | {"kl_beta": kl_beta}, learning_rate, due)\n'
+     "        if due:  # write, then rename: a run that is killed leaves no half-written file\n"
+     '            saved = {"args": asdict(args), "agent": agent.state_dict()}\n'
+     '            torch.save(saved, log.run_dir / "model.tmp")\n'
+     '            (log.run_dir / "model.tmp").replace(log.run_dir / "model.pt")\n'
+     '        if args.policy_loss == "kl-adaptive":\n'
+     '            kl_beta = adaptive_kl_beta(kl_beta, stats["approx_kl"], args.kl_target)\n',
+     '        if args.policy_loss == "kl-adaptive":\n'
+     '            kl_beta = adaptive_kl_beta(kl_beta, stats["approx_kl"], args.kl_target)\n'
+     '        log.iteration(envs, stats | {"kl_beta": kl_beta}, learning_rate, due)\n'
+     "        if due:  # write, then rename: a run that is killed leaves no half-written file\n"
+     '            saved = {"args": asdict(args), "agent": agent.state_dict()}\n'
+     '            torch.save(saved, log.run_dir / "model.tmp")\n'
+     '            (log.run_dir / "model.tmp").replace(log.run_dir / "model.pt")\n'),
+    (None, "--eval-only ignores --eval-episodes",
+     "args = replace(trained_args, eval_only=args.eval_only, eval_episodes=args.eval_episodes,\n",
+     "args = replace(trained_args, eval_only=args.eval_only,\n"),
+    (None, "every epoch of an update with the same minibatches",
+     "    for _ in range(args.update_epochs):\n"
+     "        order = torch.randperm(args.batch_size)\n",
+     "    order = torch.randperm(args.batch_size)\n"
+     "    for _ in range(args.update_epochs):\n"),
+    (None, "the agent acts on the final observation of the episode before",
+     "self.reward_sums, next_obs = reward_sums.copy(), self.obs.copy()",
+     "self.reward_sums, next_obs = reward_sums.copy(), self.obs"),
+    (None, "every episode is plotted at the end of its rollout",
+     'self.writer.add_scalar("charts/episodic_return", episode_return, step)',
+     'self.writer.add_scalar("charts/episodic_return", episode_return, envs.steps_done)'),
 ]
 FIELDS = ("seen", "bug", "line", "bugged_line")
 BUGS = [{"file": name} | dict(zip(FIELDS, bug, strict=True))
@@ -481,17 +729,24 @@ def fingerprint():
     return hashlib.sha256(text).hexdigest()[:12]
 
 
-def first_failure(file_name, line, bugged_line):
+def first_failure(file_name, line, bugged_line, hint=None):
     """Run the tests on a copy in which line is bugged_line. Returns: the first test that fails, or
-    None. Errors outside a test (a file that cannot be imported) are no catch: they raise."""
+    None. Errors outside a test (a file that cannot be imported) are no catch: they raise.
+
+    A hint, the test that caught the bug the last time, runs before all others, to save time."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT, folder, dirs_exist_ok=True,
                         ignore=shutil.ignore_patterns(".git", "runs", "results", "__pycache__"))
         path = Path(folder, file_name)
         path.write_text(path.read_text().replace(line, bugged_line))
-        tests = [f"tests/{test}" for test in TESTS[file_name]]
-        process = common.run_python("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests,
-                                    cwd=folder, timeout=900, may_fail=True)
+        selections = [[f"tests/{test}" for test in TESTS[file_name]]]
+        if exists(hint):
+            selections.insert(0, [f"tests/{hint}"])
+        for tests in selections:
+            process = common.run_python("-m", "pytest", "-xqp", "no:cacheprovider", *tests,
+                                        cwd=folder, timeout=1800, may_fail=True)
+            if process.returncode != 0:
+                break
     if process.returncode == 0:
         return None
     failed = re.search(r"^(?:FAILED|ERROR) tests/([\w.]+)::(\w+)", process.stdout, re.M)
@@ -500,12 +755,20 @@ def first_failure(file_name, line, bugged_line):
     return f"{failed[1]}::{failed[2]}"
 
 
+def exists(test):
+    """Whether there is a test FILE::FUNCTION today."""
+    file_name, _, function = (test or "").partition("::")
+    path = ROOT / "tests" / file_name
+    return path.is_file() and f"def {function}(" in path.read_text()
+
+
 def plant(bug):
     """Plant one bug. Returns: where it was seen, and what caught it."""
     if (count := (ROOT / bug["file"]).read_text().count(bug["line"])) != 1:
         raise ValueError(f"{bug['bug']}: the line occurs {count} times in {bug['file']}")
+    hint = common.read_results("planted_bugs").get("hints", {}).get(bug["bug"])
     return {"seen": SEEN.get(bug["seen"], ""),
-            "caught_by": first_failure(bug["file"], bug["line"], bug["bugged_line"])}
+            "caught_by": first_failure(bug["file"], bug["line"], bug["bugged_line"], hint)}
 
 
 def table(bugs):
@@ -523,12 +786,14 @@ def table(bugs):
 
 def main():
     """Plant what is missing, two at a time, then print the table."""
-    known = common.read_results("planted_bugs").get("fingerprint")
-    if "--table" not in sys.argv and known != fingerprint():
+    known = common.read_results("planted_bugs")
+    if "--table" not in sys.argv and known.get("fingerprint") != fingerprint():
         for file_name in TESTS:
             if failure := first_failure(file_name, "", ""):
                 raise SystemExit(f"{failure} fails without any bug")
-        common.write_results("planted_bugs", {"fingerprint": fingerprint(), "bugs": []})
+        hints = known.get("hints", {}) | {x["bug"]: x["caught_by"] for x in known.get("bugs", [])}
+        common.write_results("planted_bugs", {"fingerprint": fingerprint(), "hints": hints,
+                                              "bugs": []})
     table(common.run_missing("planted_bugs", BUGS, ("file", "bug"), plant,
                              ("torch", "transformers", "gymnasium"), ("caught_by",),
                              field="bugs")["bugs"])

@@ -226,6 +226,15 @@ def test_demonstrations_with_prompts_of_their_own_are_held_out_too_at_most_a_qua
     assert len(held_out.demonstrations) == num_held_out
     assert len(data.demonstrations) == num_rows - num_held_out
     assert not prompts_of(data.demonstrations) & prompts_of(held_out.demonstrations)
+    assert len(held_out.prompts) == 10
+    assert not prompts_of(data.prompts) & prompts_of(held_out.prompts)
+
+
+def test_the_split_of_the_comparisons_is_not_that_of_the_demonstrations(data_args, tmp_path):
+    sft_dataset = write(tmp_path / "sft.jsonl", [{"text": f"the plot {i}"} for i in range(60)])
+    args = replace(data_args, sft_dataset=sft_dataset, dataset_split="train[:50]", eval_prompts=0)
+    data = load_data(args)
+    assert (len(data.comparisons), len(data.demonstrations)) == (50, 60)
 
 
 def test_texts_without_a_prompt_are_held_out_one_by_one(data_args, tmp_path):

@@ -33,9 +33,11 @@ from ppo_rlhf import (
     gold_reward,
     load_data,
     load_policy,
+    load_reward_model,
     main,
     prompt_batch,
     resolve_args,
+    reward_loss,
     train_reward_model,
 )
 
@@ -50,6 +52,7 @@ EVAL_KEYS = EVAL_KEYS - {"eval/rewards_mean"} | {"eval/perplexity"}
 
 REWARDS = '''
 import json
+import time
 from pathlib import Path
 
 from my_words import WORD  # a neighbour of this file
@@ -60,6 +63,9 @@ def letters(prompts, responses):
 
 def letters_plus_10(prompts, responses):
     return [10 + x for x in letters(prompts, responses)]
+
+def letters_times_10(prompts, responses):
+    return [10 * x for x in letters(prompts, responses)]
 
 def letters_minus_10(prompts, responses):
     return [x - 10 for x in letters(prompts, responses)]
@@ -73,6 +79,10 @@ def dense_good(prompts, responses, tokens):
 def recorded(prompts, responses, answer, tokens):
     with open(Path(__file__).with_name("calls.jsonl"), "a") as file:
         file.write(json.dumps([prompts, responses, answer, tokens]) + "\\n")
+    return letters(prompts, responses)
+
+def slow(prompts, responses):
+    time.sleep(0.5)
     return letters(prompts, responses)
 
 def raises(prompts, responses):
@@ -282,6 +292,16 @@ def test_generate_of_the_saved_policy_samples_without_top_p_and_penalties(full):
     assert config.repetition_penalty in (None, 1.0) and config.suppress_tokens == [0]
 
 
+def test_the_times_are_those_of_their_parts(ppo_args, places):
+    run = start(ppo_args, reward_fn=f"{places['rewards']}:slow")
+    rows = read_rows(run.folder / "metrics.jsonl")
+    assert min(row["perf/score_s"] for row in rows) > 0.5
+    assert min(row["perf/rollout_s"] for row in rows) < 0.5
+    for row in rows:
+        seconds = row["perf/rollout_s"] + row["perf/score_s"] + row["perf/update_s"]
+        assert row["perf/episodes_per_s"] == pytest.approx(8 / seconds)
+
+
 def test_without_held_out_prompts_there_is_no_table(ppo_runs):
     run = ppo_runs(eval_interval=1)
     assert "held-out prompts" not in run.console and not run.answers
@@ -350,6 +370,14 @@ def test_the_policy_of_ppo_starts_from_the_sft_model_and_not_from_the_given_one(
     sft = weights(run.folder / "sft")
     assert torch.allclose(weights(run.folder / "policy"), sft, atol=1e-6)
     assert not torch.allclose(weights(places["policy"]), sft, atol=1e-4)
+
+
+def test_a_stage_gives_the_same_whether_the_one_before_ran_here_or_its_model_was_given(full, runs):
+    sft = str(full.folder / "sft")
+    run = runs(policy_model=sft, sft_epochs=0, total_episodes=32, eval_interval=2)
+    reward_models = [x.folder / "reward_model" / "model.safetensors" for x in (full, run)]
+    assert reward_models[0].read_bytes() == reward_models[1].read_bytes()
+    assert run.metrics == full.metrics
 
 
 def test_ppo_moves_the_policy(full):
@@ -584,13 +612,14 @@ def test_the_last_evaluation_is_the_last_column_of_the_table(full):
 
 def test_the_perplexity_in_the_table_is_that_of_held_out_demonstrations(full, args):
     held_out = load_data(resolve_args(args)).held_out
-    policy = load_policy(str(full.folder / "sft"), resolve_args(replace(args, run_name="none")))
-    rows = policy.collate(held_out.demonstrations)
-    logprobs, _, _ = policy(rows, 1.0)
-    expected = math.exp(-logprobs[rows.response_mask].mean().item())
-    assert table(full)["perplexity"][0] == pytest.approx(expected, rel=1e-3)
+    for name, shown in zip(("sft", "policy"), table(full)["perplexity"], strict=True):
+        policy = load_policy(str(full.folder / name), resolve_args(replace(args, run_name="none")))
+        rows = policy.collate(held_out.demonstrations)
+        logprobs, _, _ = policy(rows, 1.0)
+        expected = math.exp(-logprobs[rows.response_mask].mean().item())
+        assert shown == pytest.approx(expected, rel=1e-3)
     shown = float(re.search(r"sft/held_out_perplexity .*?(\d+\.\d+)", full.console)[1])
-    assert shown == pytest.approx(expected, rel=1e-3)
+    assert shown == pytest.approx(table(full)["perplexity"][0], abs=1e-3)
 
 
 def test_what_is_held_out_changes_nothing_in_training(full, args, places, folder):
@@ -676,6 +705,24 @@ def test_a_constant_added_to_the_scores_changes_nothing(ppo_runs, places):
     for run in shifted:
         assert run.args["score_norm"] == "center" and run.samples[0]["score"] < 5
         assert logs_alike(run, plain)
+
+
+def test_the_score_of_the_sft_policy_is_0_on_average_with_std_1(ppo_runs, places):
+    reward_fn = f"{places['rewards']}:letters_times_10"
+    row, = ppo_runs(reward_fn=reward_fn, score_norm="sft", total_episodes=64, batch_size=64,
+                    minibatch_size=64).metrics
+    assert abs(row["rollout/score_mean"]) < 0.5 and 0.6 < row["rollout/score_std"] < 1.5
+
+
+def test_the_unit_of_a_reward_model_changes_nothing_for_a_critic_that_starts_from_it(
+    ppo_runs, places, folder
+):
+    model = make_reward_model()
+    model.score.weight.data *= 10
+    larger = save(folder / "ten_times_the_reward", model, make_tokenizer())
+    usual, other = (ppo_runs(reward_fn=None, reward_model=x, critic="separate", score_norm="sft")
+                    for x in (places["reward_model"], larger))
+    assert logs_alike(usual, other)
 
 
 def test_without_score_norm_a_constant_changes_the_run(ppo_runs, places):
@@ -787,23 +834,26 @@ def test_gold_is_reported_and_never_trained_on(reviews, review_rows, folder):
 @pytest.fixture(scope="session")
 def compared(reviews, review_rows, tmp_path_factory):
     """Stage 2 alone. Returns: what it was given, now with comparisons, and what it has reported."""
+    folder = tmp_path_factory.mktemp("stage2")
     data, data.held_out = (SimpleNamespace(prompts=rows, comparisons=[])
                            for rows in (review_rows[:100], review_rows[100:120]))
     args, results = resolve_args(REVIEWS), {}
-    log = SimpleNamespace(args=args, run_dir=tmp_path_factory.mktemp("stage2"),
-                          result=results.__setitem__, scalars=lambda *x: None)
-    train_reward_model(str(reviews.folder / "sft"), data, args, log)
-    return data, data.held_out, results
+    log = SimpleNamespace(args=args, run_dir=folder, result=results.__setitem__,
+                          scalars=lambda *x: None)
+    reward_model = train_reward_model(str(reviews.folder / "sft"), data, args, log)
+    return data, data.held_out, results, load_reward_model(reward_model, args)
 
 
 def test_the_reward_model_is_judged_on_samples_to_held_out_prompts(compared):
-    data, held_out, results = compared
+    data, held_out, results, reward_model = compared
     assert (len(data.comparisons), len(held_out.comparisons)) == (64, 500)
     for part in (data, held_out):
         prompts = {row["prompt"] for row in part.prompts}
         assert {row["prompt"] for row in part.comparisons} <= prompts
     (key, share), = results.items()
     assert key == "reward_model/held_out_accuracy" and 0 < share < 1
+    expected = reward_loss(reward_model, held_out.comparisons)["accuracy"].item()
+    assert share == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_annotator_prefers_more_gold_with_the_odds_of_bradley_terry(compared):

@@ -232,6 +232,15 @@ def test_a_loaded_policy_has_no_dropout_although_its_saved_config_has(family, ro
     assert torch.equal(policy(rows, 1.0)[0], policy(rows, 1.0)[0])
 
 
+@pytest.mark.parametrize("family", ["GPT2", "Llama"])
+def test_a_loaded_reward_model_has_no_dropout_although_its_saved_config_has(family, tmp_path):
+    folder = save(tmp_path, make_reward_model(family), make_tokenizer())
+    model = load_reward_model(folder, Args(max_prompt_len=8, device="cpu", **ROWS)).train()
+    config = vars(model.classifier.config)
+    assert all(not value for name, value in config.items() if name.endswith(("pdrop", "dropout")))
+    assert torch.equal(model(["the plot"], ["was"], [True]), model(["the plot"], ["was"], [True]))
+
+
 def test_bfloat16_changes_the_products_but_returns_float32(rows):
     exact, rounded = (make_policy(dtype=x)(rows, 1.0)[0] for x in ("float32", "bfloat16"))
     assert rounded.dtype == torch.float32

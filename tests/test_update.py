@@ -382,6 +382,19 @@ def test_target_kl_ends_the_update_after_an_epoch_whose_approx_kl_is_above_it(ta
     assert len(gradients(policy, rollout)) == epochs * 2  # approx_kl is e − 2 = 0.718
 
 
+def test_target_kl_looks_at_the_last_epoch_and_not_at_the_mean_so_far():
+    def after(**changes):
+        policy, rollout = setting(minibatch_size=4)
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+        return update(policy, optimizer, rollout, **changes)["approx_kl"], weights(policy)
+
+    first, _ = after(update_epochs=1)
+    both, two_epochs = after(update_epochs=2)
+    # Epoch 2 alone has 2 · both − first; the target lies half-way between that and both.
+    _, stopped = after(update_epochs=3, target_kl=(3 * both - first) / 2)
+    assert both > first and torch.equal(stopped, two_epochs)
+
+
 def test_ratio_first_is_the_ratio_farthest_from_1_and_ratio_max_the_largest():
     policy, rollout = setting()
     rollout.old_logprobs[0, 0] -= math.log(3)  # ratio 3
