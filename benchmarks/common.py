@@ -33,11 +33,11 @@ def hardware(*packages):
     return found | {name: version(name) for name in packages}
 
 
-def run_python(*arguments, may_fail=False, **options):
+def run_python(*arguments, may_fail=False, threads=1, **options):
     """Run a Python process on one thread of the CPU, because two may run at a time.
 
     Returns: the finished process. Raises: RuntimeError with its last words if it failed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.run([sys.executable, *map(str, arguments)], env=environment, text=True,
                              capture_output=True, **options)
     if process.returncode != 0 and not may_fail:
@@ -67,7 +67,7 @@ def timed(one_run, job):
     return one_run(job) | {"seconds": round(time.time() - start)}
 
 
-def run_missing(name, jobs, keys, one_run, packages, shown=(), field="runs"):
+def run_missing(name, jobs, keys, one_run, packages, shown=(), field="runs", at_once=2):
     """Run the jobs that results/NAME.json lacks, two at a time, and write each result at once.
 
     keys: what tells one job from another; shown: what is printed of a finished run beside them.
@@ -77,7 +77,7 @@ def run_missing(name, jobs, keys, one_run, packages, shown=(), field="runs"):
     missing = [x for x in jobs if tuple(x.get(key) for key in keys) not in done]
     if {"--plot", "--table"} & set(sys.argv) or not missing:
         return results
-    machine, errors, pool = hardware(*packages), [], ThreadPoolExecutor(2)
+    machine, errors, pool = hardware(*packages), [], ThreadPoolExecutor(at_once)
     results.setdefault("hardware", machine)  # of the first runs; later ones may differ
     futures = {pool.submit(timed, one_run, job): job for job in missing}
     try:

@@ -828,6 +828,14 @@ def test_whitened_rewards_have_std_1_and_an_unchanged_mean():
     assert real.std(correction=0).item() == pytest.approx(1.0, abs=1e-5)
 
 
+def test_the_penalty_for_a_missing_eos_is_whitened_with_the_other_rewards():
+    rollout = scored(1.0, 4.0)  # the rewards are 0, 1 and 0, 0, 4 − 6
+    rewards(rollout, whiten_rewards=True, missing_eos_penalty=6.0)
+    real = rollout.rewards[rollout.response_mask]
+    assert real.mean().item() == pytest.approx(-1 / 5, abs=1e-5)
+    assert real.std(correction=0).item() == pytest.approx(1.0, abs=1e-5)
+
+
 # What is reported and saved ----------------------------------------------------------------------
 
 

@@ -7,13 +7,16 @@ Run: python -m pytest tests/test_update.py (10 seconds)
 import copy
 import functools
 import itertools
+import json
 import math
 import random
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from conftest import make_lm, make_policy, make_reward_model, make_tokenizer
 
 from ppo_rlhf import (
@@ -613,6 +616,17 @@ def test_a_separate_critic_starts_at_zero_where_the_reward_model_reads_other_tok
     assert values_of(policy, "the plot") == 0
     for mine, its in zip(policy.trunk.parameters(), policy.lm.model.parameters(), strict=True):
         assert torch.equal(mine, its)
+
+
+def test_the_same_words_with_other_ids_are_other_tokens_for_the_critic():
+    policy, model = without_dropout(**UPDATE, critic="separate"), judge()
+    description = json.loads(policy.tokenizer.backend_tokenizer.to_str())
+    vocab = description["model"]["vocab"]
+    vocab["good"], vocab["bad"] = vocab["bad"], vocab["good"]
+    model.tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(description)))
+    policy.add_critic(Score(model))
+    assert values_of(policy, "the plot") == 0
 
 
 def test_a_separate_critic_leaves_the_policys_gradient_alone():

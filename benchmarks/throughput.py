@@ -1,0 +1,209 @@
+"""Episodes per second and peak memory of PPO: ppo_rlhf.py and trl's PPOTrainer on the same work.
+
+    pip install -r requirements.txt -r benchmarks/requirements.txt
+    python benchmarks/throughput.py            # runs what is missing, one at a time
+    python benchmarks/throughput.py --table    # the table, from the committed results
+
+Both train the same random GPT-2 (4 layers of width 128) with a reward model of the same shape: 64
+responses per iteration, 4 epochs of 4 steps, 32 + 32 tokens, a critic of its own, float32. The time
+is what passes between the starts of two iterations, everything counted; the figure is its median.
+Memory is the most that the process holds beyond what it held after loading. Only ratios within one
+round mean something, on a machine that does nothing else.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from statistics import median
+
+import common  # benchmarks/common.py
+
+SHAPE = {"vocab": 512, "batch": 64, "response_len": 32, "critic": "separate"}
+PROMPT_LEN, ITERATIONS = 32, 4
+
+
+def save_models(folder, vocab):
+    """A random policy, a random reward model, and prompts, as both sides read them."""
+    import random
+
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["[PAD]", "[EOS]", *(f"w{i}" for i in range(vocab - 2))]
+    tokenizer = Tokenizer(models.WordLevel({x: i for i, x in enumerate(words)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="[EOS]", unk_token="w0")
+    config = transformers.GPT2Config(
+        vocab_size=vocab, n_embd=128, n_layer=4, n_head=4, n_positions=1024, bos_token_id=None,
+        eos_token_id=1, pad_token_id=0, num_labels=1, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0)
+    torch.manual_seed(1)
+    for name, kind in (("policy", transformers.AutoModelForCausalLM),
+                       ("reward_model", transformers.AutoModelForSequenceClassification)):
+        kind.from_config(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    rng = random.Random(1)
+    prompts = [" ".join(rng.choices(words[2:], k=PROMPT_LEN)) for _ in range(1024)]
+    lines = (json.dumps({"prompt": prompt}) for prompt in prompts)
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+
+
+class Meter:
+    """Records when iterations start, and the most memory that the process holds meanwhile."""
+
+    def __init__(self):
+        self.starts, self.loaded, self.peak = [], None, 0
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def resident(self):
+        """Memory of this process, in GB."""
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+    def watch(self):
+        """Look at the memory a hundred times a second."""
+        while True:
+            self.peak = max(self.peak, self.resident())
+            time.sleep(0.01)
+
+    def start(self, *_args, **_kwargs):
+        """An iteration starts; the first is warm-up."""
+        if self.loaded is None:
+            self.loaded = self.peak = self.resident()
+        self.starts.append(time.perf_counter())
+
+    def report(self, batch):
+        """Episodes per second and peak memory above what was loaded."""
+        seconds = [b - a for a, b in zip(self.starts[1:], self.starts[2:], strict=False)]
+        return {"episodes_per_s": round(batch / median(seconds), 3),
+                "peak_gb": round(self.peak - self.loaded, 3)}
+
+
+def run_ours(folder, job, meter):
+    """main of ppo_rlhf.py; an iteration starts where it sets the learning rates."""
+    sys.path.insert(0, str(common.ROOT))
+    import ppo_rlhf
+
+    set_learning_rates = ppo_rlhf.set_learning_rates
+
+    def start(*args, **kwargs):
+        meter.start()
+        set_learning_rates(*args, **kwargs)
+
+    ppo_rlhf.set_learning_rates = start
+    ppo_rlhf.main(ppo_rlhf.Args(
+        dataset=str(folder / "prompts.jsonl"), policy_model=str(folder / "policy"), sft_epochs=0,
+        reward_model=str(folder / "reward_model"), eval_prompts=0, critic=job["critic"],
+        total_episodes=job["batch"] * (ITERATIONS + 2), batch_size=job["batch"],
+        minibatch_size=job["batch"] // 4, response_len=job["response_len"],
+        max_prompt_len=PROMPT_LEN, output_dir=str(folder), run_name="run", save_interval=1000))
+    rows = [json.loads(x) for x in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return {key: round(median(row[f"perf/{key}"] for row in rows[1:]), 3)
+            for key in ("rollout_s", "score_s", "update_s")}
+
+
+def run_trl(folder, job, meter):
+    """PPOTrainer; an iteration starts where the one before has ended. Its critic is a model of its
+    own in any case."""
+    import datasets
+    import transformers
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    class Callback(transformers.TrainerCallback):
+        on_train_begin = on_step_end = meter.start
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
+    rows = [json.loads(x) for x in (folder / "prompts.jsonl").read_text().splitlines()]
+    prompts = [{"input_ids": tokenizer(x["prompt"])["input_ids"]} for x in rows]
+    policy, reference = (transformers.AutoModelForCausalLM.from_pretrained(folder / "policy")
+                         for _ in range(2))
+    reward_model, critic = (transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder / "reward_model") for _ in range(2))
+    config = PPOConfig(
+        output_dir=str(folder / "trl"), total_episodes=job["batch"] * (ITERATIONS + 2),
+        per_device_train_batch_size=job["batch"] // 4, gradient_accumulation_steps=4,
+        num_mini_batches=4, num_ppo_epochs=4, response_length=job["response_len"],
+        temperature=1.0, stop_token="eos", missing_eos_penalty=1.0,
+        local_rollout_forward_batch_size=job["batch"] // 4, num_sample_generations=0,
+        report_to="none", save_strategy="no", logging_strategy="no", use_cpu=True, bf16=False,
+        disable_tqdm=True, gradient_checkpointing=False)
+    PPOTrainer(args=config, processing_class=tokenizer, model=policy, ref_model=reference,
+               reward_model=reward_model, value_model=critic, callbacks=[Callback()],
+               train_dataset=datasets.Dataset.from_list(prompts)).train()
+    return {}
+
+
+RUNNERS = {"ours": run_ours, "trl": run_trl}
+
+
+def measure(job):
+    """One contestant, in this process. Prints its figures as JSON."""
+    meter = Meter()
+    with tempfile.TemporaryDirectory() as name:
+        save_models(Path(name), job["vocab"])
+        split = RUNNERS[job["who"]](Path(name), job, meter)
+    print(json.dumps(meter.report(job["batch"]) | split))
+
+
+def one_run(job):
+    """One contestant, in a process of its own. Returns: its figures."""
+    output = common.run_python(__file__, "--measure", json.dumps(job), threads=2).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def jobs():
+    """Ours and trl in turn, three times; then how our cost grows, and trl's with the vocabulary."""
+    for number in (1, 2, 3):
+        for vocab in (512, 50_257):
+            for critic in ("separate", "shared"):
+                for who in ("ours", "trl"):
+                    if (who, critic) != ("trl", "shared"):  # its critic is always separate
+                        yield SHAPE | {"vocab": vocab, "critic": critic, "who": who,
+                                       "round": number}
+    for change in ({"response_len": 128}, {"response_len": 512}, {"batch": 16}, {"batch": 256},
+                   {"vocab": 4096}, {"vocab": 150_000}):
+        yield SHAPE | change | {"who": "ours", "round": 1}
+
+
+def main():
+    """Run what is missing, then the table."""
+    runs = common.run_missing("throughput", list(jobs()), (*SHAPE, "who", "round"), one_run,
+                              ("torch", "transformers", "trl"), ("episodes_per_s", "peak_gb"),
+                              at_once=1)["runs"]
+
+    def figures(key, **chosen):
+        return [x[key] for x in runs if all(x[name] == value for name, value in chosen.items())]
+
+    rows = []
+    for vocab in (512, 50_257):
+        trl = figures("episodes_per_s", who="trl", vocab=vocab, **{"batch": 64})
+        for critic in ("separate", "shared"):
+            same = {"vocab": vocab, "critic": critic, "batch": 64, "response_len": 32}
+            ours = figures("episodes_per_s", who="ours", **same)
+            if not (ours and trl):
+                continue
+            peak = median(figures("peak_gb", who="ours", **same))
+            trl_peak = median(figures("peak_gb", who="trl", vocab=vocab))
+            ratios = [a / b for a, b in zip(ours, trl, strict=False)]
+            rows.append([f"{vocab:,}", critic, f"{median(ours):.2f}", f"{median(trl):.2f}",
+                         f"{median(ratios):.2f}", f"{peak:.2f}", f"{trl_peak:.2f}"])
+    lines = common.markdown(["vocabulary", "our critic", "ours, episodes/s", "trl", "ratio",
+                             "ours, GB above loaded", "trl"], rows)
+    grown = [[*(x[name] for name in SHAPE), x["episodes_per_s"], x["rollout_s"], x["score_s"],
+              x["update_s"], x["peak_gb"]] for x in runs if x["who"] == "ours"]
+    lines += ["", *common.markdown([*SHAPE, "episodes/s", "rollout s", "score s", "update s", "GB"],
+                                   grown)]
+    common.publish("throughput", lines)
+
+
+if __name__ == "__main__":
+    if "--measure" in sys.argv:
+        measure(json.loads(sys.argv[sys.argv.index("--measure") + 1]))
+    else:
+        main()
