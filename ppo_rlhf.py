@@ -477,7 +477,7 @@ def sample_tokens(policy: Policy, prompts: Rollout, noise: Tensor, temperature: 
     sequence_ids = nn.functional.pad(prompts.sequence_ids, (0, response_len), value=policy.pad_id)
     sequence_mask = nn.functional.pad(prompts.sequence_mask, (0, response_len), value=False)
     ended = torch.zeros_like(sequence_mask[:, 0])  # (batch,)
-    ids, cache = prompts.sequence_ids, KVCache(config=policy.lm.config)
+    ids, cache = prompts.sequence_ids, KVCache(config=policy.lm.config)  # a DynamicCache
     with policy.autocast():  # around the loop: the weights become bfloat16 once, not for each token
         for t in range(prompt_len, prompt_len + response_len):
             seen = sequence_mask[:, :t]
@@ -502,7 +502,7 @@ def sample_responses(policy: Policy, prompts: list, seed: int, args: Args) -> Ro
     # Drawn on the CPU and for all rows at once: the noise depends on neither device nor chunks.
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(len(prompts), args.response_len, generator=generator).to(args.device)
-    chunks = [split_rows(x, args.batch_size) for x in (encoded, noise)]
+    chunks = [split_rows(x, args.batch_size) for x in (encoded, noise)]  # evaluation has many rows
     sampled = join_rows([sample_tokens(policy, rows, u, args.temperature)
                          for rows, u in zip(*chunks, strict=True)])
     prompt_len = encoded.sequence_ids.shape[1]
@@ -1127,12 +1127,13 @@ def read_row(row: dict) -> dict | None:
     return row | {"prompt": prompt or ""} | dict(zip(("chosen", "rejected"), sides, strict=False))
 
 
-def read_rows(flag: str, name: str, split: str, wanted: list[set]) -> list[dict]:
+def read_rows(flag_name: str, name: str, split: str, wanted: list[set]) -> list[dict]:
     """The usable rows of a file or of a data set on the Hub."""
     import datasets
 
     datasets.disable_progress_bars()
-    with refusing(flag, f"{name} (split {split})", "give a jsonl(.gz) or parquet file or a Hub id"):
+    remedy = "give a jsonl(.gz) or parquet file or a Hub id"
+    with refusing(flag_name, f"{name} (split {split})", remedy):
         if Path(name).is_file():
             kind = "parquet" if name.endswith(".parquet") else "json"
             data = datasets.load_dataset(kind, data_files=name, split=split)
@@ -1204,10 +1205,10 @@ def prompt_batch(rows: list[dict], iteration: int, size: int, seed: int) -> list
 
 # Loading and saving models ------------------------------------------------------------------------
 
-def load_model(flag: str, folder, kind: str, args: Args, new_head: bool = False):
+def load_model(flag_name: str, folder, kind: str, args: Args, new_head: bool = False):
     """Load a model "ForCausalLM" or "ForSequenceClassification" without dropout, and its tokenizer.
     """
-    with refusing(flag, folder, f"give a Hub id or a folder of a model of the kind {kind}"):
+    with refusing(flag_name, folder, f"give a Hub id or a folder of a model of the kind {kind}"):
         config = transformers.AutoConfig.from_pretrained(folder)
         found = (config.architectures or ["unknown"])[0]
         if new_head:
@@ -1393,13 +1394,13 @@ def refuse(message: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def refusing(flag: str, value, remedy: str):
+def refusing(flag_name: str, value, remedy: str):
     """Turn any exception inside the block into a refusal."""
     try:
         yield
     except Exception as error:
         reason = f"{type(error).__name__}: {error.__cause__ or error}".split("\n")[0]
-        refuse(f"{flag} {value} cannot be used ({reason}); {remedy}.")
+        refuse(f"{flag_name} {value} cannot be used ({reason}); {remedy}.")
 
 
 # A condition, the condition in words, and the settings that must meet it (or be None).
