@@ -9,8 +9,9 @@ GitHub), is a near relative of one that did, or was planted blind, by a helper t
 tests. For each, the behavioural tests run until the first failure, fastest file first; tests that
 compare the text of the files, their copies, or the README with results are left out: they would
 notice any change. First the files as they are have to pass. A bug that no test catches is a missing
-test. Each result is written to results/planted_bugs.json at once; a change of files, tests or bugs
-starts the list anew.
+test. Each result is written to results/planted_bugs.json at once. A change of the two files or of
+the bugs starts the list anew; if only tests change, the bugs that no test has caught, or whose
+catching test has changed, are planted again.
 """
 
 import hashlib
@@ -721,12 +722,24 @@ BUGS = [{"file": name} | dict(zip(FIELDS, bug, strict=True))
         for name, bugs in (("ppo_rlhf.py", RLHF), ("ppo_classic.py", CLASSIC)) for bug in bugs]
 
 
+def digest(text):
+    """A short name of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def fingerprint():
-    """Changes with the files, the tests that run and the list of bugs."""
-    names = ["conftest.py", *TESTS["ppo_rlhf.py"], *TESTS["ppo_classic.py"]]
-    paths = [ROOT / name for name in TESTS] + [ROOT / "tests" / name for name in names]
-    text = repr(BUGS).encode() + b"".join(path.read_bytes() for path in paths)
-    return hashlib.sha256(text).hexdigest()[:12]
+    """Changes with the files and the list of bugs."""
+    return digest(repr(BUGS) + "".join((ROOT / name).read_text() for name in TESTS))
+
+
+def test_digest(test):
+    """Changes with the text of a test FILE::FUNCTION; None if there is no such test today."""
+    file_name, _, function = (test or "").partition("::")
+    path = ROOT / "tests" / file_name
+    if not path.is_file():
+        return None
+    found = re.search(rf"^def {function}\(.*?(?=^[^\s)]|\Z)", path.read_text(), re.M | re.S)
+    return digest(found[0]) if found else None
 
 
 def first_failure(file_name, line, bugged_line, hint=None):
@@ -740,7 +753,7 @@ def first_failure(file_name, line, bugged_line, hint=None):
         path = Path(folder, file_name)
         path.write_text(path.read_text().replace(line, bugged_line))
         selections = [[f"tests/{test}" for test in TESTS[file_name]]]
-        if exists(hint):
+        if test_digest(hint):
             selections.insert(0, [f"tests/{hint}"])
         for tests in selections:
             process = common.run_python("-m", "pytest", "-xqp", "no:cacheprovider", *tests,
@@ -755,20 +768,13 @@ def first_failure(file_name, line, bugged_line, hint=None):
     return f"{failed[1]}::{failed[2]}"
 
 
-def exists(test):
-    """Whether there is a test FILE::FUNCTION today."""
-    file_name, _, function = (test or "").partition("::")
-    path = ROOT / "tests" / file_name
-    return path.is_file() and f"def {function}(" in path.read_text()
-
-
 def plant(bug):
     """Plant one bug. Returns: where it was seen, and what caught it."""
     if (count := (ROOT / bug["file"]).read_text().count(bug["line"])) != 1:
         raise ValueError(f"{bug['bug']}: the line occurs {count} times in {bug['file']}")
     hint = common.read_results("planted_bugs").get("hints", {}).get(bug["bug"])
-    return {"seen": SEEN.get(bug["seen"], ""),
-            "caught_by": first_failure(bug["file"], bug["line"], bug["bugged_line"], hint)}
+    test = first_failure(bug["file"], bug["line"], bug["bugged_line"], hint)
+    return {"seen": SEEN.get(bug["seen"], ""), "caught_by": test, "test": test_digest(test)}
 
 
 def table(bugs):
@@ -794,6 +800,9 @@ def main():
         hints = known.get("hints", {}) | {x["bug"]: x["caught_by"] for x in known.get("bugs", [])}
         common.write_results("planted_bugs", {"fingerprint": fingerprint(), "hints": hints,
                                               "bugs": []})
+    elif "--table" not in sys.argv:
+        valid = [x for x in known["bugs"] if x["test"] and x["test"] == test_digest(x["caught_by"])]
+        common.write_results("planted_bugs", known | {"bugs": valid})
     table(common.run_missing("planted_bugs", BUGS, ("file", "bug"), plant,
                              ("torch", "transformers", "gymnasium"), ("caught_by",),
                              field="bugs")["bugs"])

@@ -30,6 +30,9 @@ from transformers import (
 
 from ppo_rlhf import (
     Args,
+    RewardFunction,
+    RunLog,
+    Score,
     gold_reward,
     load_data,
     load_policy,
@@ -38,6 +41,7 @@ from ppo_rlhf import (
     prompt_batch,
     resolve_args,
     reward_loss,
+    train_ppo,
     train_reward_model,
 )
 
@@ -349,9 +353,11 @@ def logprob(folder, prompt, answer, temperature=1.0):
     return logits.log_softmax(-1)[range(len(response)), response].sum().item()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_kl_of_an_answer_is_that_of_the_saved_policy_to_the_saved_sft_model(runs, temperature):
-    run = runs(total_episodes=32, eval_interval=2, temperature=temperature)
+@pytest.mark.parametrize(("temperature", "estimator"), [(1.0, "k1"), (0.7, "k1"), (1.0, "k3")])
+def test_the_kl_of_an_answer_is_that_of_the_saved_policy_to_the_saved_sft_model(
+    runs, temperature, estimator
+):
+    run = runs(total_episodes=32, eval_interval=2, temperature=temperature, kl_estimator=estimator)
     for row in run.answers:
         policy, sft = (logprob(run.folder / name, row["prompt"], row["ppo"], temperature)
                        for name in ("policy", "sft"))
@@ -723,6 +729,24 @@ def test_the_unit_of_a_reward_model_changes_nothing_for_a_critic_that_starts_fro
     usual, other = (ppo_runs(reward_fn=None, reward_model=x, critic="separate", score_norm="sft")
                     for x in (places["reward_model"], larger))
     assert logs_alike(usual, other)
+
+
+class Spy(Score):
+    """A Score that remembers the policy of a run, which measures it first."""
+
+    def measure(self, policy, rows, args):
+        self.policy = policy
+        super().measure(policy, rows, args)
+
+
+def test_the_whole_separate_critic_is_trained(full, ppo_args, places):
+    args = resolve_args(replace(ppo_args, critic="separate", score_norm="center",
+                                run_name="separate critic"))
+    sft, score = str(full.folder / "sft"), Spy(RewardFunction(f"{places['rewards']}:letters"))
+    train_ppo(sft, score, load_data(args), args, RunLog(args))
+    before, after = load_policy(sft, args).lm.base_model, score.policy.trunk
+    assert not any(torch.equal(x, y) for x, y in
+                   zip(before.parameters(), after.parameters(), strict=True))
 
 
 def test_without_score_norm_a_constant_changes_the_run(ppo_runs, places):

@@ -828,6 +828,14 @@ def test_whitened_rewards_have_std_1_and_an_unchanged_mean():
     assert real.std(correction=0).item() == pytest.approx(1.0, abs=1e-5)
 
 
+def test_the_value_of_the_next_token_is_discounted_by_gamma_and_not_by_lambda():
+    rollout = scored(1.0, 0.0)  # rewards of row 0: 0, 1
+    rollout.old_values = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    rewards(rollout, gamma=0.5, gae_lambda=0.9, norm_advantages=False)
+    # δ₁ = 1 − 1 = 0 and δ₀ = 0 + γ · 1 − 0 = 0.5
+    assert rollout.advantages[0, :2].tolist() == [0.5, 0]
+
+
 def test_the_penalty_for_a_missing_eos_is_whitened_with_the_other_rewards():
     rollout = scored(1.0, 4.0)  # the rewards are 0, 1 and 0, 0, 4 − 6
     rewards(rollout, whiten_rewards=True, missing_eos_penalty=6.0)
