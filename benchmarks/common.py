@@ -68,7 +68,7 @@ def timed(one_run, job):
 
 
 def run_missing(name, jobs, keys, one_run, packages, shown=(), field="runs", at_once=2):
-    """Run the jobs that results/NAME.json lacks, two at a time, and write each result at once.
+    """Run the jobs that results/NAME.json lacks, at_once together, and write each result at once.
 
     keys: what tells one job from another; shown: what is printed of a finished run beside them.
     With --plot or --table nothing runs. Returns: all results."""

@@ -25,6 +25,7 @@ from ppo_rlhf import (
     Score,
     collect_rollout,
     compute_advantages,
+    describe,
     load_policy,
     load_reward_model,
     ppo_loss,
@@ -875,6 +876,13 @@ def test_the_metrics_of_three_responses_by_hand(tmp_path):
     assert found["response_len"] == pytest.approx((4 + 2 + 2) / 3)
     assert found["distinct_2"] == 3 / 5  # plot was, was plot, plot was; good EOS; good EOS
     assert found["rewards_mean"] == pytest.approx((1 - 1 + 2 + 6) / 8)  # 1 less: no EOS
+
+
+def test_the_logged_entropy_is_the_mean_over_real_tokens():
+    rollout = scored(1.0, 2.0)
+    rollout.entropies = torch.tensor([[1.0, 3.0, 100.0], [2.0, 2.0, 4.5]])
+    metrics, _ = describe(rollout, [{"prompt": "a"}] * 2, ["", ""], [[], []], Args(dataset="file"))
+    assert metrics["entropy"] == 2.5  # (1 + 3 + 2 + 2 + 4.5) / 5
 
 
 @pytest.fixture(scope="module")

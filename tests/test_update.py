@@ -509,6 +509,10 @@ def test_fit_takes_steps_of_adam_on_clipped_gradients_at_rates_that_fall_to_0():
         assert after == pytest.approx(weight.item(), abs=1e-5)
 
 
+def test_warm_up_and_annealing_of_ppo_leave_stages_1_and_2_alone():
+    assert fit_slopes([1.0, 2.0]) == fit_slopes([1.0, 2.0], lr_warmup=5, anneal_lr=False)
+
+
 def test_fit_sees_each_row_once_per_epoch_in_a_new_order():
     rows = [float(i) for i in range(1, 9)]
     used, _, _ = fit_slopes(rows, epochs=2, minibatch_size=4, microbatch_size=2)
