@@ -178,7 +178,7 @@ def entropy(logits: Tensor) -> Tensor:
     """Entropy of softmax(logits), in nats: H = logsumexp(z) − Σ softmax(z)·z. (..., vocab) -> (...)
 
     This is the entropy of the distribution; −log p of the sampled token only estimates it."""
-    return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+    return logits.logsumexp(-1) - torch.linalg.vecdot(logits.softmax(-1), logits)
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> Tensor:
@@ -408,43 +408,50 @@ class Policy(nn.Module):
         texts = self.tokenizer.batch_decode(texts, clean_up_tokenization_spaces=False)
         return texts, [[strings[i] for i in ids] for ids in rows]
 
-    def forward(self, rows: Rollout, temperature: float, cache=None):
-        """Run the language model and the critic, for the sampler, the rollout and all losses.
+    def states(self, trunk, ids: Tensor, mask: Tensor, cache=None) -> Tensor:
+        """Hidden states (batch, columns, hidden) of the columns in ids, the last ones of mask.
 
-        Returns: logprobs, entropies and values of the response tokens, each (batch, response_len).
-
-        With a KV cache, for the sampler, sequence_ids has only the new columns: first the whole
-        prompt, then one token at a time; the mask has all columns. Then the result is another one:
-        the logits of the next token (batch, vocab)."""
-        ids, mask, response_mask = rows.sequence_ids, rows.sequence_mask, rows.response_mask
-        response_len = 0 if cache is not None else response_mask.shape[1]
+        With a KV cache, ids has only the columns that the cache does not have yet."""
         # The first real token has position 0: left padding must not shift it.
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with self.autocast():
-            output = self.lm(input_ids=ids, attention_mask=mask, position_ids=positions,
-                             past_key_values=cache, use_cache=cache is not None,
-                             logits_to_keep=response_len + 1, output_hidden_states=True)
-        logits = output.logits.float() / temperature  # (batch, response_len + 1, vocab)
+            return trunk(input_ids=ids, attention_mask=mask, position_ids=positions,
+                         past_key_values=cache, use_cache=cache is not None).last_hidden_state
+
+    def logits(self, states: Tensor, temperature: float) -> Tensor:
+        """Logits (..., vocab) of the tokens that follow; states (..., hidden) are the trunk's."""
+        with self.autocast():
+            logits = self.lm.get_output_embeddings()(states).float()
+        bound = getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)
+        if bound is not None:  # Gemma 2
+            logits = bound * torch.tanh(logits / bound)
+        if temperature != 1:
+            logits = logits / temperature
         # PAD gets the lowest number and not −inf, because 0 · −inf in the entropy would be NaN.
-        logits = logits.index_fill(-1, self.banned_ids, torch.finfo(torch.float32).min)
-        if cache is not None:
-            return logits[:, -1]
-        logits = logits[:, :-1]  # the logits at position t are those of token t + 1
-        # Padding columns hold PAD, whose log-probability is −3e38: set it to zero.
-        logprobs = logprobs_from_logits(logits, ids[:, -response_len:])
-        logprobs = torch.where(response_mask, logprobs, 0)
-        # Without an entropy bonus, a graph of the entropy would take time and memory for nothing.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.args.ent_coef > 0):
-            entropies = entropy(logits)
-        if self.value_head is None:
-            return logprobs, entropies, torch.zeros_like(logprobs)
-        hidden = output.hidden_states[-1]
-        if self.trunk is not None:
-            with self.autocast():
-                hidden = self.trunk(input_ids=ids, attention_mask=mask, position_ids=positions,
-                                    use_cache=False).last_hidden_state
-        hidden = hidden[:, -response_len - 1 : -1].float()  # (batch, response_len, hidden)
-        return logprobs, entropies, self.value_head(hidden).squeeze(-1)
+        return logits.index_fill_(-1, self.banned_ids, torch.finfo(torch.float32).min)
+
+    def forward(self, rows: Rollout, temperature: float) -> list[Tensor]:
+        """Read prompts with responses, for the rollout and all losses.
+
+        Returns: logprobs, entropies and values of the response tokens, each (batch, response_len),
+        0 in the padding."""
+        ids, mask, response_mask = rows.sequence_ids, rows.sequence_mask, rows.response_mask
+        row, column = response_mask.nonzero(as_tuple=True)  # one entry for each response token
+        column = column + ids.shape[1] - response_mask.shape[1]  # in sequence_ids
+        # Leave out the columns that are padding in all of these rows.
+        first, last = int(mask.any(dim=0).int().argmax()), int(column.max()) + 1
+        ids, mask = ids[:, first:last], mask[:, first:last]
+        row_and_state = row, column - first - 1  # where the token was chosen: one column before it
+        hidden = self.states(self.lm.base_model, ids, mask)[row_and_state]  # (tokens, hidden)
+        logprobs, entropies = ChunkedLogprobs.apply(self, temperature, hidden, ids[row, column - first],
+                                                    *self.lm.get_output_embeddings().parameters())
+        values = torch.zeros_like(logprobs)
+        if self.value_head is not None:
+            if self.trunk is not None:
+                hidden = self.states(self.trunk, ids, mask)[row_and_state]
+            values = self.value_head(hidden.float()).squeeze(-1)
+        padded = torch.zeros_like(response_mask, dtype=torch.float32)
+        return [padded.masked_scatter(response_mask, x) for x in (logprobs, entropies, values)]
 
     def add_critic(self, score: "Score") -> None:
         """Add V(state): a linear head on the policy's hidden states, or on a trunk of its own.
@@ -477,22 +484,28 @@ def sample_tokens(policy: Policy, prompts: Rollout, noise: Tensor, temperature: 
     sequence_ids = nn.functional.pad(prompts.sequence_ids, (0, response_len), value=policy.pad_id)
     sequence_mask = nn.functional.pad(prompts.sequence_mask, (0, response_len), value=False)
     ended = torch.zeros_like(sequence_mask[:, 0])  # (batch,)
-    ids, cache = prompts.sequence_ids, KVCache(config=policy.lm.config)  # a DynamicCache
+    rows = torch.arange(len(ended), device=ended.device)  # numbers of the rows that go on
+    ids, cache = prompts.sequence_ids, new_cache(prompt_len + response_len)
     with policy.autocast():  # around the loop: the weights become bfloat16 once, not for each token
         for t in range(prompt_len, prompt_len + response_len):
-            seen = sequence_mask[:, :t]
-            logits = policy(Rollout(ids, seen, seen[:, prompt_len:]), temperature, cache)
+            states = policy.states(policy.lm.base_model, ids, sequence_mask[rows, :t], cache)
+            probs = policy.logits(states[:, -1], temperature).softmax(-1)  # (rows, vocab)
             # Take the first token whose cumulative probability exceeds noise · total. There is one:
             # noise is below 1, so noise · total stays below total, even when it is rounded.
-            cumulative = logits.softmax(-1).cumsum(-1)  # (batch, vocab)
-            threshold = noise[:, t - prompt_len, None] * cumulative[:, -1:]
-            sampled = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)  # (batch,)
-            sequence_ids[:, t] = torch.where(ended, policy.pad_id, sampled)
-            sequence_mask[:, t] = ~ended  # EOS is a real token, what follows it is padding
-            ended = ended | torch.isin(sampled, policy.eos_ids)
-            if ended.all():
-                break
-            ids = sequence_ids[:, t : t + 1]
+            cumulative = probs.cumsum(-1)
+            threshold = noise[rows, t - prompt_len, None] * cumulative[:, -1:]
+            sampled = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)  # (rows,)
+            sequence_ids[rows, t] = torch.where(ended[rows], policy.pad_id, sampled)
+            sequence_mask[rows, t] = ~ended[rows]  # EOS is a real token, what follows is padding
+            ended[rows] |= torch.isin(sampled, policy.eos_ids)
+            ids = sequence_ids[rows, t : t + 1]
+            if (t - prompt_len) % 8 == 7:  # drop rows that have ended; the device has to wait here
+                going = (~ended[rows]).nonzero().squeeze(1)
+                if len(going) == 0:
+                    break
+                if len(going) < len(rows):
+                    rows, ids = rows[going], ids[going]
+                    cache.batch_select_indices(going)
     return Rollout(sequence_ids, sequence_mask, sequence_mask[:, prompt_len:], ended)
 
 
@@ -516,7 +529,8 @@ def collect_rollout(
     policy: Policy, reference: Policy, prompts: list, seed: int, args: Args
 ) -> Rollout:
     """Sample a response to each prompt; add log-probabilities (old, ref), entropies, values."""
-    parts = split_rows(sample_responses(policy, prompts, seed, args), args.microbatch_size)
+    # Without gradients, four times as many rows fit into memory.
+    parts = split_rows(sample_responses(policy, prompts, seed, args), 4 * args.microbatch_size)
     for rows in parts:
         # Old log-probabilities are computed like the new ones in the update, without a cache. The
         # sampler's cache rounds differently: with its numbers the ratio would not start at 1.
@@ -630,7 +644,8 @@ def train_step(model, optimizer, parts: list[tuple], step_name: str, args: Args)
 def fit(name: str, model, loss_fn: Callable, rows: list, epochs: int, peak: float, log) -> None:
     """Stages 1 and 2: each epoch visits all rows in a new order; the learning rate falls to 0."""
     args, rng = log.args, random.Random(log.args.seed)
-    optimizer = torch.optim.Adam([{"params": model.parameters(), "peak": peak}], eps=args.adam_eps)
+    optimizer = torch.optim.Adam([{"params": model.parameters(), "peak": peak}], eps=args.adam_eps,
+                                 fused=True)
     minibatches = [idx for _ in range(epochs)
                    for idx in shuffled_minibatches(len(rows), args.minibatch_size, rng)]
     for step, idx in enumerate(tqdm(minibatches, name, unit="step"), start=1):
@@ -711,7 +726,7 @@ class RewardModel(nn.Module):
     def score(self, rows: list[dict], responses: list, tokens: list, ended: list) -> Tensor:
         """Raw scores (batch,) of responses."""
         columns = ([row["prompt"] for row in rows], responses, ended)
-        parts = zip(*(split_rows(x, self.args.microbatch_size) for x in columns), strict=True)
+        parts = zip(*(split_rows(x, 4 * self.args.microbatch_size) for x in columns), strict=True)
         return torch.cat([self(*part) for part in parts])
 
 
@@ -786,7 +801,7 @@ def train_ppo(sft: str, score: Score, data: "Data", args: Args, log: "RunLog") -
     critic = [x for name, x in policy.named_parameters() if not name.startswith("lm.")]
     optimizer = torch.optim.Adam(
         [{"params": list(policy.lm.parameters()), "peak": args.learning_rate},
-         {"params": critic, "peak": args.critic_learning_rate}], eps=args.adam_eps)
+         {"params": critic, "peak": args.critic_learning_rate}], eps=args.adam_eps, fused=True)
     kl_coef, num_iterations = args.kl_coef, args.total_episodes // args.batch_size
     folder = save_model(log.run_dir / "policy", policy)
     before = evaluate(policy, reference, score, data.held_out, args)
@@ -951,12 +966,92 @@ def cut_front(tokenizer, ids: list[int], limit: int) -> list[int]:
     return ids[:num_kept] + ids[num_kept + num_cut :]
 
 
-class KVCache(transformers.DynamicCache):
-    """A KV cache that is bfloat16 as a whole: rotary embeddings would make its keys float32."""
+class ChunkedLogprobs(torch.autograd.Function):
+    """logprobs_from_logits and entropy of policy.logits(states), with the same gradients.
+
+    The logits (tokens, vocab) would be by far the largest tensor of a run. Here they exist for a
+    few tokens at a time; the backward pass computes them again. With p = softmax(logits), the
+    gradient of log p[id] by the logits is onehot(id) − p, that of the entropy H −p·(log p + H).
+
+    Args: states (tokens, hidden), ids (tokens,), and the parameters of the output layer."""
+
+    @staticmethod
+    def chunks(num_logits: int, *tensors: Tensor):
+        """Parts of all tensors: their logits fit into the cache of a CPU, or fill a GPU."""
+        limit = 6_000_000 if tensors[0].device.type == "cpu" else 200_000_000
+        return zip(*(x.split(max(1, limit // num_logits)) for x in tensors), strict=True)
+
+    @staticmethod
+    def forward(ctx, policy: Policy, temperature: float, states: Tensor, ids: Tensor, *weights):
+        """Returns: logprobs and entropies, (tokens,) each."""
+        parts = []
+        with policy.autocast():  # around the loop: the weights become bfloat16 once
+            for part, part_ids in ChunkedLogprobs.chunks(len(weights[0]), states, ids):
+                logits = policy.logits(part, temperature)
+                parts.append((logprobs_from_logits(logits, part_ids), entropy(logits)))
+        logprobs, entropies = map(torch.cat, zip(*parts, strict=True))
+        ctx.policy, ctx.temperature = policy, temperature
+        ctx.save_for_backward(states, ids, entropies, *weights)
+        if policy.args.ent_coef == 0:  # its gradient would take time for nothing
+            ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx, *grads):
+        """Returns: the gradients of states and weights."""
+        (states, ids, entropies, *weights), policy = ctx.saved_tensors, ctx.policy
+        states_grads, weights_grads = [], None
+        with policy.autocast(), torch.enable_grad():
+            for part, part_ids, H, of_logprobs, of_H in ChunkedLogprobs.chunks(
+                    len(weights[0]), states, ids, *(x.unsqueeze(1) for x in (entropies, *grads))):
+                part = part.detach().requires_grad_()
+                logits = policy.logits(part, ctx.temperature)
+                with torch.no_grad():
+                    factor = of_logprobs
+                    if policy.args.ent_coef > 0:
+                        factor = of_logprobs + of_H * (logits.log_softmax(-1) + H)
+                    grad = logits.softmax(-1).mul_(-factor)
+                    grad.scatter_add_(1, part_ids.unsqueeze(1), of_logprobs)
+                found = torch.autograd.grad(logits, (part, *weights), grad)
+                states_grads.append(found[0])
+                weights_grads = (found[1:] if weights_grads is None else
+                                 [x.add_(y) for x, y in zip(weights_grads, found[1:], strict=True)])
+        return None, None, torch.cat(states_grads), None, *weights_grads
+
+
+class CacheLayer(transformers.cache_utils.DynamicLayer):
+    """Keys and values of one layer of a KV cache, in tensors with room for all tokens.
+
+    DynamicLayer copies them for each new token. Also, keys get the type of the values here: under
+    autocast to bfloat16, rotary embeddings would make them float32."""
+
+    def __init__(self, max_len: int):
+        super().__init__()
+        self.max_len = max_len
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Append the keys and values of new tokens. Returns: those of all tokens."""
-        return super().update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
+        start, new = self.get_seq_length(), (key_states, value_states)
+        if start == 0:
+            self.lazy_initialization(key_states, value_states)
+            self.rooms = [value_states.new_empty(*x.shape[:2], self.max_len, x.shape[3])
+                          for x in new]
+        end = start + key_states.shape[2]
+        for room, states in zip(self.rooms, new, strict=True):
+            room[:, :, start:end] = states
+        self.keys, self.values = (room[:, :, :end] for room in self.rooms)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        """Drop the other rows."""
+        self.rooms = [room[indices] for room in self.rooms]
+        self.keys, self.values = (room[:, :, : self.keys.shape[2]] for room in self.rooms)
+
+
+def new_cache(max_len: int) -> transformers.Cache:
+    """An empty KV cache for sequences of at most max_len tokens."""
+    layer = functools.partial(CacheLayer, max_len)
+    return transformers.Cache(layer_class_to_replicate=layer)
 
 
 # The embedded task: film reviews from a grammar, and a gold reward that only the annotator sees ---
@@ -1051,7 +1146,8 @@ def compare_own_samples(policy: Policy, data: "Data", num_pairs: int, args: Args
     It prefers the first with probability sigmoid(2·(gold₁ − gold₂)) (Bradley–Terry)."""
     rng = random.Random(args.seed)
     prompts = [row["prompt"] for row in rng.choices(data.prompts, k=num_pairs)] * 2
-    rollout = sample_responses(policy, prompts, args.seed, args)
+    # The texts are short, so a thousand of them fit into memory.
+    rollout = sample_responses(policy, prompts, args.seed, replace(args, batch_size=1000))
     texts, _ = policy.decode(rollout)
     golds = list(map(gold_reward, prompts, texts, rollout.ended.tolist()))
     for i in range(num_pairs):
@@ -1242,9 +1338,9 @@ def load_policy(folder: str | None, args: Args) -> Policy:
     """A policy from a folder or the Hub; without one, a small new model for the embedded task."""
     if folder is None:
         tokenizer = word_tokenizer()
-        config = transformers.LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=2,
-            num_attention_heads=4, initializer_range=0.06,  # the usual 0.02 is for wide models
+        config = transformers.GPTNeoXConfig(
+            vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=2,
+            num_attention_heads=4, initializer_range=0.06, hidden_act="relu", rotary_pct=1.0, attention_dropout=0.0, hidden_dropout=0.0,
             max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
         lm = transformers.AutoModelForCausalLM.from_config(config).to(args.device).eval()
@@ -1258,7 +1354,16 @@ def load_policy(folder: str | None, args: Args) -> Policy:
     if args.max_prompt_len + args.response_len > context:
         refuse(f"{flag(args, 'max_prompt_len')} + {flag(args, 'response_len')} exceed the model's "
                f"context of {context} tokens; lower one of them.")
-    return Policy(lm, tokenizer, args).to(args.device)
+    policy = Policy(lm, tokenizer, args).to(args.device)
+    with torch.no_grad():
+        ids = torch.arange(8, device=args.device).unsqueeze(0)
+        own = lm(input_ids=ids).logits.index_fill(-1, policy.banned_ids, 0.0)
+        states = policy.states(lm.base_model, ids, torch.ones_like(ids))
+        found = policy.logits(states, 1.0).index_fill(-1, policy.banned_ids, 0.0)
+    if (found - own).abs().max() > 0.1 * own.std():
+        refuse(f"--policy-model {folder}: its output layer is more than a matrix, which this file "
+               "does not know; give another model.")
+    return policy
 
 
 def load_reward_model(folder: str, args: Args, new_head: bool = False) -> RewardModel:

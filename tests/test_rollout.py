@@ -42,15 +42,28 @@ ROWS = {"response_len": 4}  # with this setting the third response is cut
 USER = {"role": "user", "content": "the plot"}
 
 
+class Table(torch.nn.Module):
+    """An output layer: row = current token, column = next token."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = torch.nn.Parameter(table)
+
+    def forward(self, states):
+        """The first number of a state is its token."""
+        return self.table[states[..., 0].long()]
+
+
 class TableModel(torch.nn.Module):
-    """A language model whose logits are a table: row = current token, column = next token."""
+    """A language model whose logits are a table; its hidden states are token and position."""
 
     def __init__(self, table):
         super().__init__()
         from transformers import GenerationConfig
 
-        self.table, self.passes = torch.nn.Parameter(table), 0
-        self.config = make_config("Llama", hidden_size=1, num_attention_heads=1)
+        self.head, self.passes = Table(table), 0
+        self.table = self.head.table
+        self.config = make_config("Llama", hidden_size=2, num_attention_heads=1)
         self.generation_config = GenerationConfig(eos_token_id=1)
 
     @property
@@ -58,12 +71,15 @@ class TableModel(torch.nn.Module):
         """The trunk, as transformers' models name it."""
         return self
 
-    def forward(self, input_ids, position_ids, logits_to_keep, **_):
-        """What Policy.forward asks of a language model."""
+    def get_output_embeddings(self):
+        """The output layer."""
+        return self.head
+
+    def forward(self, input_ids, position_ids, **_):
+        """What Policy.states asks of a trunk."""
         self.passes += 1
-        hidden = position_ids[..., None].float()  # a value head on it reads the position
-        return type("Output", (), {"logits": self.table[input_ids][:, -logits_to_keep:],
-                                   "hidden_states": [hidden]})()
+        states = torch.stack([input_ids, position_ids], dim=-1).float()
+        return type("Output", (), {"last_hidden_state": states})()
 
 
 def chain(rows, **settings):
@@ -201,7 +217,8 @@ def test_every_number_is_read_one_position_before_its_token():
     # Token t's log-probability is row (token t − 1) of the table; the value is its position.
     policy = make_policy(TableModel(torch.randn(16, 16)))
     rows = policy.encode(["a", "b c"], ["d", "a"])  # 10 | 13 EOS and 11 12 | 10 EOS
-    logprobs, _, values = with_value_head(policy)(rows, 1.0)
+    with_value_head(policy).value_head.weight.data[0, 0] = 0  # add up the position alone
+    logprobs, _, values = policy(rows, 1.0)
     logits = policy.lm.table.detach().clone()
     logits[:, 0] = -1e30  # PAD has probability zero
     table = logits.log_softmax(-1)
@@ -347,16 +364,18 @@ def test_with_150_000_tokens_the_sampler_is_accurate_to_a_millionth(spread):
     assert torch.maximum(below, above).max() < 1e-6
 
 
-def test_the_sampler_with_its_cache_draws_what_the_unpadded_model_gives_for_the_noise():
-    policy = make_policy(make_lm("GPT2"))
-    noise = torch.rand(3, 8, generator=torch.Generator().manual_seed(0))
-    rows = sample_tokens(policy, policy.encode(PROMPTS), noise, 0.7)
-    assert rows.response_mask.sum() > 6
-    for i in range(3):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sampler_with_its_cache_draws_what_the_unpadded_model_gives_for_the_noise(family):
+    policy = make_policy(make_lm(family))
+    noise = torch.rand(12, 20, generator=torch.Generator().manual_seed(0))
+    rows = sample_tokens(policy, policy.encode(PROMPTS * 4), noise, 2.0)
+    lens = rows.response_mask.sum(dim=1)
+    assert lens.min() < 8 and lens.max() == 20  # some rows leave while others go on
+    for i in range(12):
         prompt, response = real_ids(rows, i)
         logits = policy.lm(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
         logits[:, 0] = -1e30
-        cumulative = (logits / 0.7).softmax(-1).cumsum(-1)
+        cumulative = (logits / 2.0).softmax(-1).cumsum(-1)
         drawn = (cumulative <= noise[i, : len(response), None]).sum(-1)  # number of tokens below u
         assert torch.equal(drawn, response)
 
@@ -388,10 +407,14 @@ def test_a_sampled_row_ends_with_eos_and_has_nothing_but_padding_after_it():
     assert rows.ended.tolist() == [True, False, True]
 
 
-def test_sampling_stops_when_every_row_has_ended():
-    policy = chain(ENDINGS, response_len=100)
-    rows = sample_responses(policy, ["a", "b"], 0, policy.args)
-    assert rows.response_mask.shape == (2, 2) and policy.lm.passes == 2
+def test_every_eight_tokens_rows_that_have_ended_leave_and_without_rows_sampling_stops():
+    policy, rows = chain(ENDINGS, response_len=20), []
+    policy.lm.register_forward_hook(lambda *call: rows.append(len(call[2].last_hidden_state)))
+    responses = sample_responses(policy, ["a", "b"], 0, policy.args)
+    assert responses.response_mask.shape == (2, 2) and rows == [2] * 8
+    rows.clear()
+    sample_responses(policy, ["a", "c", "b"], 0, policy.args)
+    assert rows == [3] * 8 + [1] * 12
 
 
 def test_an_eos_inside_the_prompt_ends_nothing():
@@ -437,7 +460,7 @@ def test_the_entropy_of_a_rollout_is_that_of_the_next_token():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_bfloat16_the_kv_cache_holds_bfloat16(family):
     policy, caches = make_policy(make_lm(family), dtype="bfloat16"), []
-    policy.lm.register_forward_pre_hook(
+    policy.lm.base_model.register_forward_pre_hook(
         lambda lm, args, named: caches.append(named["past_key_values"]), with_kwargs=True)
     sample_responses(policy, PROMPTS, 0, policy.args)
     assert {x.dtype for layer in caches[-1].layers for x in (layer.keys, layer.values)} == {

@@ -20,6 +20,7 @@ import transformers
 from conftest import make_lm, make_policy, make_reward_model, make_tokenizer
 
 from ppo_rlhf import (
+    Policy,
     RewardModel,
     Rollout,
     Score,
@@ -282,6 +283,49 @@ def test_gradient_checkpointing_reads_each_layer_twice_and_changes_no_gradient(f
         results.append((found, len(calls)))
     (plain, once), (checkpointed, twice) = results
     assert (once, twice) == (1, 2) and torch.allclose(plain, checkpointed, atol=1e-6)
+
+
+class StraightforwardPolicy(Policy):
+    """Reads whole padded rows and all logits at once, the way one would write it without a hurry."""
+
+    def forward(self, rows, temperature):
+        ids, mask, response_len = rows.sequence_ids, rows.sequence_mask, rows.response_mask.shape[1]
+        named = {"attention_mask": mask.long(), "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+        output = self.lm(input_ids=ids, output_hidden_states=True, **named)
+        logits = (output.logits / temperature).index_fill(-1, self.banned_ids, -1e30)
+        log_probs = logits.log_softmax(-1)[:, -response_len - 1 : -1]
+        logprobs = log_probs.gather(-1, ids[:, -response_len:, None]).squeeze(-1)
+        entropies = -(log_probs.exp() * log_probs).sum(-1)
+        hidden = output.hidden_states[-1]
+        if self.trunk is not None:
+            hidden = self.trunk(input_ids=ids, **named).last_hidden_state
+        values = self.value_head(hidden)[:, -response_len - 1 : -1, 0]
+        return [x * rows.response_mask for x in (logprobs, entropies, values)]
+
+
+@pytest.mark.parametrize("size", [3, 8])
+@pytest.mark.parametrize("settings", [
+    {}, {"critic": "separate"}, {"ent_coef": 0.1, "temperature": 0.7},
+    {"kl_in": "loss", "kl_estimator": "k2"}])
+@pytest.mark.parametrize("family", ["GPT2", "GPTNeoX", "Llama", "Qwen2", "Qwen3", "Gemma", "Gemma2"])
+def test_the_gradient_is_that_of_the_straightforward_computation(family, settings, size):
+    torch.manual_seed(0)
+    dropout = {f"{x}_pdrop": 0.0 for x in ("attn", "embd", "resid")} if family == "GPT2" else {
+        "attention_dropout": 0.0} | ({"hidden_dropout": 0.0} if family == "GPTNeoX" else {})
+    policy = make_policy(make_lm(family, **dropout), **(UPDATE | settings))
+    policy.add_critic(Score(None))
+    torch.nn.init.normal_(policy.value_head.weight)
+    rollout = collect_rollout(policy, policy, PROMPTS, 3, policy.args)
+    for name in ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns"):
+        x = getattr(rollout, name)
+        noise = 0.3 * torch.randn(rollout.response_mask.shape)
+        setattr(rollout, name, (noise if x is None else x + noise) * rollout.response_mask)
+    parts = ppo_part(policy, rollout), (sft_loss, policy.collate(DEMONSTRATIONS), 0.5)
+    stats, found = step(policy, *parts, microbatch_size=size)
+    policy.__class__ = StraightforwardPolicy
+    expected_stats, expected = step(policy, *parts)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert stats == pytest.approx(expected_stats, rel=1e-4, abs=1e-5)
 
 
 # One step: clipping, checks -----------------------------------------------------------------------
