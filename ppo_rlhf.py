@@ -166,19 +166,16 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     return torch.where(mask, whitened if shift_mean else whitened + mean, 0)
 
 
-def logprobs_from_logits(logits: Tensor, ids: Tensor) -> Tensor:
-    """log softmax(logits) at the given ids, in nats: logits[id] − logsumexp(logits).
+def logprobs_and_entropy(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """log p[id] and the entropy H = −Σ p·log p, in nats, of p = softmax(logits).
 
-    Args: logits (..., vocab); ids (...). Returns: (...)."""
+    H belongs to the whole distribution; −log p of the sampled token only estimates it.
+
+    Args: logits (..., vocab); ids (...). Returns: logprobs (...), entropies (...)."""
     check_same_shape(logits=logits[..., 0], ids=ids)
-    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy of softmax(logits), in nats: H = logsumexp(z) − Σ softmax(z)·z. (..., vocab) -> (...)
-
-    This is the entropy of the distribution; −log p of the sampled token only estimates it."""
-    return logits.logsumexp(-1) - torch.linalg.vecdot(logits.softmax(-1), logits)
+    log_probs = logits.log_softmax(-1)
+    entropies = -(log_probs.exp() * log_probs).sum(-1)
+    return log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1), entropies
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> Tensor:
@@ -427,8 +424,8 @@ class Policy(nn.Module):
             logits = bound * torch.tanh(logits / bound)
         if temperature != 1:
             logits = logits / temperature
-        # PAD gets the lowest number and not −inf, because 0 · −inf in the entropy would be NaN.
-        return logits.index_fill_(-1, self.banned_ids, torch.finfo(torch.float32).min)
+        # PAD gets −1e30 and not −inf, because 0 · −inf in the entropy would be NaN.
+        return logits.index_fill_(-1, self.banned_ids, -1e30)
 
     def forward(self, rows: Rollout, temperature: float) -> list[Tensor]:
         """Read prompts with responses, for the rollout and all losses.
@@ -436,19 +433,20 @@ class Policy(nn.Module):
         Returns: logprobs, entropies and values of the response tokens, each (batch, response_len),
         0 in the padding."""
         ids, mask, response_mask = rows.sequence_ids, rows.sequence_mask, rows.response_mask
-        row, column = response_mask.nonzero(as_tuple=True)  # one entry for each response token
+        row, column = response_mask.nonzero(as_tuple=True)  # (tokens,) each: the response tokens
         column = column + ids.shape[1] - response_mask.shape[1]  # in sequence_ids
         # Leave out the columns that are padding in all of these rows.
         first, last = int(mask.any(dim=0).int().argmax()), int(column.max()) + 1
-        ids, mask = ids[:, first:last], mask[:, first:last]
-        row_and_state = row, column - first - 1  # where the token was chosen: one column before it
-        hidden = self.states(self.lm.base_model, ids, mask)[row_and_state]  # (tokens, hidden)
-        logprobs, entropies = ChunkedLogprobs.apply(self, temperature, hidden, ids[row, column - first],
+        ids, mask, column = ids[:, first:last], mask[:, first:last], column - first
+        # A token is chosen in the state one column before it.
+        hidden = self.states(self.lm.base_model, ids, mask)[row, column - 1]  # (tokens, hidden)
+        # The same as logprobs_and_entropy(self.logits(hidden, temperature), ids[row, column]).
+        logprobs, entropies = ChunkedLogprobs.apply(self, temperature, hidden, ids[row, column],
                                                     *self.lm.get_output_embeddings().parameters())
         values = torch.zeros_like(logprobs)
         if self.value_head is not None:
             if self.trunk is not None:
-                hidden = self.states(self.trunk, ids, mask)[row_and_state]
+                hidden = self.states(self.trunk, ids, mask)[row, column - 1]
             values = self.value_head(hidden.float()).squeeze(-1)
         padded = torch.zeros_like(response_mask, dtype=torch.float32)
         return [padded.masked_scatter(response_mask, x) for x in (logprobs, entropies, values)]
@@ -481,13 +479,15 @@ def sample_tokens(policy: Policy, prompts: Rollout, noise: Tensor, temperature: 
 
     Args: noise (batch, response_len), uniform in [0, 1), one number for each token."""
     prompt_len, response_len = prompts.sequence_ids.shape[1], noise.shape[1]
+    seq_len = prompt_len + response_len
     sequence_ids = nn.functional.pad(prompts.sequence_ids, (0, response_len), value=policy.pad_id)
     sequence_mask = nn.functional.pad(prompts.sequence_mask, (0, response_len), value=False)
     ended = torch.zeros_like(sequence_mask[:, 0])  # (batch,)
     rows = torch.arange(len(ended), device=ended.device)  # numbers of the rows that go on
-    ids, cache = prompts.sequence_ids, new_cache(prompt_len + response_len)
+    ids = prompts.sequence_ids
+    cache = transformers.Cache(layer_class_to_replicate=functools.partial(CacheLayer, seq_len))
     with policy.autocast():  # around the loop: the weights become bfloat16 once, not for each token
-        for t in range(prompt_len, prompt_len + response_len):
+        for t in range(prompt_len, seq_len):
             states = policy.states(policy.lm.base_model, ids, sequence_mask[rows, :t], cache)
             probs = policy.logits(states[:, -1], temperature).softmax(-1)  # (rows, vocab)
             # Take the first token whose cumulative probability exceeds noise · total. There is one:
@@ -499,7 +499,8 @@ def sample_tokens(policy: Policy, prompts: Rollout, noise: Tensor, temperature: 
             sequence_mask[rows, t] = ~ended[rows]  # EOS is a real token, what follows is padding
             ended[rows] |= torch.isin(sampled, policy.eos_ids)
             ids = sequence_ids[rows, t : t + 1]
-            if (t - prompt_len) % 8 == 7:  # drop rows that have ended; the device has to wait here
+            # Drop the rows that have ended; not after each token, because a GPU has to wait here.
+            if (t - prompt_len) % 8 == 7:
                 going = (~ended[rows]).nonzero().squeeze(1)
                 if len(going) == 0:
                     break
@@ -663,9 +664,11 @@ def update_policy(
     """A few epochs of minibatch steps on one batch. Returns: statistics for the log."""
     rng, steps = random.Random(f"{args.seed} {iteration}"), []
     loss_fn = functools.partial(ppo_loss, kl_coef=kl_coef, args=args)
+    lens = rollout.response_mask.sum(dim=1).tolist()
     for _ in range(args.update_epochs):
         minibatches = shuffled_minibatches(len(rollout), args.minibatch_size, rng)
         for idx in minibatches:
+            idx.sort(key=lens.__getitem__)  # microbatches of similar length have little padding
             parts = [(loss_fn, rollout[idx], 1.0)]
             if args.ptx_coef > 0:  # PPO-ptx: as many demonstrations as responses
                 sample = rng.choices(demonstrations, k=args.minibatch_size)
@@ -938,7 +941,8 @@ def encode_pairs(
     """Token ids of prompts with responses, in the form in which reward models are trained on them.
 
     A string prompt is followed by the response, and by EOS if the response has ended. Messages go
-    through the model's own chat template; a response that was cut gets no closing tokens."""
+    through the model's own chat template; a response that was cut gets no closing tokens. Without
+    ended, responses are cut to limit tokens, and those that are shorter have ended."""
     befores, afters = zip(*(frame(tokenizer, prompt) for prompt in prompts), strict=True)
     encoded = tokenizer(responses, add_special_tokens=False)["input_ids"]
     if ended is None:
@@ -967,19 +971,19 @@ def cut_front(tokenizer, ids: list[int], limit: int) -> list[int]:
 
 
 class ChunkedLogprobs(torch.autograd.Function):
-    """logprobs_from_logits and entropy of policy.logits(states), with the same gradients.
+    """logprobs_and_entropy(policy.logits(states, temperature), ids), with the same gradients.
 
     The logits (tokens, vocab) would be by far the largest tensor of a run. Here they exist for a
-    few tokens at a time; the backward pass computes them again. With p = softmax(logits), the
-    gradient of log p[id] by the logits is onehot(id) − p, that of the entropy H −p·(log p + H).
+    few tokens at a time, and the backward pass computes them again. With p = softmax(logits), the
+    gradient by the logits is onehot(id) − p for log p[id], and −p·(log p + H) for the entropy H.
 
     Args: states (tokens, hidden), ids (tokens,), and the parameters of the output layer."""
 
     @staticmethod
-    def chunks(num_logits: int, *tensors: Tensor):
-        """Parts of all tensors: their logits fit into the cache of a CPU, or fill a GPU."""
+    def chunks(vocab: int, *tensors: Tensor):
+        """Parts of all tensors, as many tokens as have 24 MB of logits (on a GPU, 800 MB)."""
         limit = 6_000_000 if tensors[0].device.type == "cpu" else 200_000_000
-        return zip(*(x.split(max(1, limit // num_logits)) for x in tensors), strict=True)
+        return zip(*(x.split(max(1, limit // vocab)) for x in tensors), strict=True)
 
     @staticmethod
     def forward(ctx, policy: Policy, temperature: float, states: Tensor, ids: Tensor, *weights):
@@ -987,8 +991,7 @@ class ChunkedLogprobs(torch.autograd.Function):
         parts = []
         with policy.autocast():  # around the loop: the weights become bfloat16 once
             for part, part_ids in ChunkedLogprobs.chunks(len(weights[0]), states, ids):
-                logits = policy.logits(part, temperature)
-                parts.append((logprobs_from_logits(logits, part_ids), entropy(logits)))
+                parts.append(logprobs_and_entropy(policy.logits(part, temperature), part_ids))
         logprobs, entropies = map(torch.cat, zip(*parts, strict=True))
         ctx.policy, ctx.temperature = policy, temperature
         ctx.save_for_backward(states, ids, entropies, *weights)
@@ -1020,10 +1023,10 @@ class ChunkedLogprobs(torch.autograd.Function):
 
 
 class CacheLayer(transformers.cache_utils.DynamicLayer):
-    """Keys and values of one layer of a KV cache, in tensors with room for all tokens.
+    """Keys and values of one layer of a KV cache, in tensors that have room for max_len tokens.
 
-    DynamicLayer copies them for each new token. Also, keys get the type of the values here: under
-    autocast to bfloat16, rotary embeddings would make them float32."""
+    DynamicLayer would copy all of them for each new token. Keys are stored in the type of the
+    values: with --dtype bfloat16, rotary embeddings make keys float32."""
 
     def __init__(self, max_len: int):
         super().__init__()
@@ -1034,24 +1037,19 @@ class CacheLayer(transformers.cache_utils.DynamicLayer):
         start, new = self.get_seq_length(), (key_states, value_states)
         if start == 0:
             self.lazy_initialization(key_states, value_states)
-            self.rooms = [value_states.new_empty(*x.shape[:2], self.max_len, x.shape[3])
-                          for x in new]
+            self.buffers = [value_states.new_empty(*x.shape[:2], self.max_len, x.shape[3])
+                            for x in new]  # (batch, heads, max_len, head_dim) each
         end = start + key_states.shape[2]
-        for room, states in zip(self.rooms, new, strict=True):
-            room[:, :, start:end] = states
-        self.keys, self.values = (room[:, :, :end] for room in self.rooms)
+        for buffer, states in zip(self.buffers, new, strict=True):
+            buffer[:, :, start:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
         return self.keys, self.values
 
     def batch_select_indices(self, indices):
-        """Drop the other rows."""
-        self.rooms = [room[indices] for room in self.rooms]
-        self.keys, self.values = (room[:, :, : self.keys.shape[2]] for room in self.rooms)
-
-
-def new_cache(max_len: int) -> transformers.Cache:
-    """An empty KV cache for sequences of at most max_len tokens."""
-    layer = functools.partial(CacheLayer, max_len)
-    return transformers.Cache(layer_class_to_replicate=layer)
+        """Drop all rows but those in indices."""
+        end = self.get_seq_length()
+        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
 
 
 # The embedded task: film reviews from a grammar, and a gold reward that only the annotator sees ---
@@ -1087,8 +1085,6 @@ GENRE_NOUNS = {  # nouns that only reviews of that genre may use
     "comedy": "humour|timing", "thriller": "chase|twist", "western": "duel|scenery",
     "musical": "dancing|singing", "romance": "kiss|courtship", "mystery": "murder|detective",
 }
-
-
 GRAMMARS = {genre: GRAMMAR | {"noun": f"{GRAMMAR['noun']}|{nouns}"}
             for genre, nouns in GENRE_NOUNS.items()}
 
@@ -1302,8 +1298,7 @@ def prompt_batch(rows: list[dict], iteration: int, size: int, seed: int) -> list
 # Loading and saving models ------------------------------------------------------------------------
 
 def load_model(flag_name: str, folder, kind: str, args: Args, new_head: bool = False):
-    """Load a model "ForCausalLM" or "ForSequenceClassification" without dropout, and its tokenizer.
-    """
+    """Load a ForCausalLM or ForSequenceClassification without dropout, and its tokenizer."""
     with refusing(flag_name, folder, f"give a Hub id or a folder of a model of the kind {kind}"):
         config = transformers.AutoConfig.from_pretrained(folder)
         found = (config.architectures or ["unknown"])[0]
@@ -1317,6 +1312,8 @@ def load_model(flag_name: str, folder, kind: str, args: Args, new_head: bool = F
         for name, value in vars(config).items():
             if "drop" in name and isinstance(value, float):
                 setattr(config, name, 0.0)  # else old and new log-probabilities would differ
+            if value == "gelu_new":  # GPT-2: the same function in one step instead of eight
+                setattr(config, name, "gelu_pytorch_tanh")
         model, info = getattr(transformers, f"AutoModel{kind}").from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True)
         if missing := set(info["missing_keys"]) - ({"score.weight"} if new_head else set()):
@@ -1340,7 +1337,8 @@ def load_policy(folder: str | None, args: Args) -> Policy:
         tokenizer = word_tokenizer()
         config = transformers.GPTNeoXConfig(
             vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=2,
-            num_attention_heads=4, initializer_range=0.06, hidden_act="relu", rotary_pct=1.0, attention_dropout=0.0, hidden_dropout=0.0,
+            num_attention_heads=4, initializer_range=0.06,  # the usual 0.02 is for wide models
+            hidden_act="relu", rotary_pct=1.0, attention_dropout=0.0, hidden_dropout=0.0,
             max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
         lm = transformers.AutoModelForCausalLM.from_config(config).to(args.device).eval()

@@ -139,7 +139,8 @@ def compare_losses_with_trl(train, trl) -> list[tuple]:
             ("value loss, trl's mask", vf_loss, wider["vf_loss"],
              "trl also trains the value of the state after EOS; ours has no such state"),
             ("value clip fraction", vf_clipfrac, theirs["vf_clipfrac"], ""),
-            ("entropy", rlhf.entropy(logits), lines["entropy"], "")]
+            ("entropy", rlhf.logprobs_and_entropy(logits, logits.argmax(-1))[1],
+             lines["entropy"], "")]
 
 
 def compare_with_sb3() -> list[tuple]:

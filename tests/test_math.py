@@ -11,11 +11,10 @@ import torch
 
 from ppo_rlhf import (
     adaptive_kl_coef,
-    entropy,
     explained_variance,
     gae,
     kl_penalty,
-    logprobs_from_logits,
+    logprobs_and_entropy,
     masked_mean,
     masked_whiten,
     policy_loss,
@@ -75,34 +74,38 @@ def test_whitening_a_single_token_is_finite():
     assert masked_whiten(row(7), mask(1)).item() == 0.0
 
 
-# logprobs_from_logits, entropy -------------------------------------------------------------------
+# logprobs_and_entropy ----------------------------------------------------------------------------
 
 
 def test_logprob_of_a_quarter_is_minus_log_four():
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.25]]))
-    assert close(logprobs_from_logits(logits, torch.tensor([1])), [-math.log(4)])
+    assert close(logprobs_and_entropy(logits, torch.tensor([1]))[0], [-math.log(4)])
 
 
-def test_logprobs_equal_log_softmax_gathered():
+def test_logprobs_and_entropies_are_those_of_torchs_categorical_distribution():
     logits, ids = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
-    expected = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-    assert close(logprobs_from_logits(logits, ids), expected)
+    categorical = torch.distributions.Categorical(logits=logits)
+    logprobs, entropies = logprobs_and_entropy(logits, ids)
+    assert close(logprobs, categorical.log_prob(ids))
+    assert close(entropies, categorical.entropy())
 
 
 def test_entropy_of_a_uniform_choice_of_four_is_log_four():
-    assert close(entropy(torch.zeros(1, 4)), [math.log(4)])
+    _, entropies = logprobs_and_entropy(torch.zeros(1, 4), torch.tensor([0]))
+    assert close(entropies, [math.log(4)])
 
 
 def test_entropy_is_that_of_the_distribution_not_of_the_sampled_token():
     logits = torch.log(torch.tensor([0.9, 0.1]))
     exact = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1))  # 0.325
-    assert close(entropy(logits), exact)
-    assert not close(-logprobs_from_logits(logits, torch.tensor(0)), exact, 0.1)  # 0.105
+    logprob, entropy = logprobs_and_entropy(logits, torch.tensor(0))
+    assert close(entropy, exact)
+    assert not close(-logprob, exact, 0.1)  # 0.105
 
 
 def test_entropy_ignores_a_banned_token():
-    lowest = torch.finfo(torch.float32).min
-    assert close(entropy(torch.tensor([0.0, 0.0, lowest])), math.log(2))
+    _, entropy = logprobs_and_entropy(torch.tensor([0.0, 0.0, -1e30]), torch.tensor(0))
+    assert close(entropy, math.log(2))
 
 
 # kl_penalty --------------------------------------------------------------------------------------

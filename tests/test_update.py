@@ -286,7 +286,7 @@ def test_gradient_checkpointing_reads_each_layer_twice_and_changes_no_gradient(f
 
 
 class StraightforwardPolicy(Policy):
-    """Reads whole padded rows and all logits at once, the way one would write it without a hurry."""
+    """Reads whole padded rows, and makes all logits at once."""
 
     def forward(self, rows, temperature):
         ids, mask, response_len = rows.sequence_ids, rows.sequence_mask, rows.response_mask.shape[1]
@@ -307,7 +307,8 @@ class StraightforwardPolicy(Policy):
 @pytest.mark.parametrize("settings", [
     {}, {"critic": "separate"}, {"ent_coef": 0.1, "temperature": 0.7},
     {"kl_in": "loss", "kl_estimator": "k2"}])
-@pytest.mark.parametrize("family", ["GPT2", "GPTNeoX", "Llama", "Qwen2", "Qwen3", "Gemma", "Gemma2"])
+@pytest.mark.parametrize("family", [
+    "GPT2", "GPTNeoX", "Llama", "Qwen2", "Qwen3", "Gemma", "Gemma2"])
 def test_the_gradient_is_that_of_the_straightforward_computation(family, settings, size):
     torch.manual_seed(0)
     dropout = {f"{x}_pdrop": 0.0 for x in ("attn", "embd", "resid")} if family == "GPT2" else {
@@ -326,6 +327,23 @@ def test_the_gradient_is_that_of_the_straightforward_computation(family, setting
     expected_stats, expected = step(policy, *parts)
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     assert stats == pytest.approx(expected_stats, rel=1e-4, abs=1e-5)
+
+
+def test_a_large_vocabulary_is_read_in_chunks_with_the_same_gradient():
+    # With 2,000,000 tokens, the logits of three response tokens are one chunk.
+    lm = make_lm("GPT2", vocab_size=2_000_000, n_embd=2, attn_pdrop=0.0, embd_pdrop=0.0,
+                 resid_pdrop=0.0)
+    policy = make_policy(lm, ent_coef=0.1, **UPDATE)
+    rows, results = policy.encode(["the", "a b"], ["plot was", "dull good bad a"]), []
+    for kind in (Policy, StraightforwardPolicy):
+        policy.__class__, policy.value_head = kind, torch.nn.Linear(2, 1)
+        logprobs, entropies, _ = policy(rows, 0.7)
+        policy.zero_grad()
+        (logprobs.sum() + 2 * entropies.sum()).backward()
+        results.append((logprobs.detach(), entropies.detach(), lm.transformer.wte.weight.grad))
+    assert rows.response_mask.sum() == 8
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 # One step: clipping, checks -----------------------------------------------------------------------
