@@ -124,7 +124,7 @@ class Args:
     # Run
     seed: int = 1  # of data, weights, sampling and shuffling
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the matrix products of policy, critic
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products, except the reward model
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory
     output_dir: str = "runs"  # folder of all runs
     run_name: str | None = None  # folder of this run; must not exist [data set, seed, time]
@@ -342,15 +342,15 @@ class Rollout:
 class Policy(nn.Module):
     """A causal language model, read as a distribution over responses, and its critic.
 
-    Temperature, position ids, precision and the ban on PAD are applied in one place, forward, so
-    that sampler, old, new and reference log-probabilities belong to one distribution. The model's
+    Position ids are made in one place, states; temperature and the ban on PAD in another, logits.
+    So sampler, old, new and reference log-probabilities belong to one distribution. The model's
     generation config (top-p, repetition penalty) is ignored: the log-probabilities do not include
     such options, so the sampler must not use them."""
 
     def __init__(self, lm, tokenizer, args: Args):
         super().__init__()
         self.lm, self.tokenizer, self.args = lm, tokenizer, args
-        self.trunk = self.value_head = None  # the critic, see add_critic
+        self.trunk = self.value_head = None  # of the critic, see add_critic
         listed = lm.generation_config.eos_token_id  # an id, or in chat models a list of ids
         eos_ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
         self.register_buffer("eos_ids", torch.tensor(sorted(eos_ids - {None})))
@@ -377,7 +377,7 @@ class Policy(nn.Module):
         response_rows = [[] for _ in prompts]
         if responses is not None:
             encoded = tokenizer(responses, add_special_tokens=False)["input_ids"]
-            _, closing = frame(tokenizer, prompts[0])  # what follows an answer: EOS, or chat tokens
+            _, closing = frame(tokenizer, prompts[0])  # what follows any answer: EOS, chat tokens
             closing_ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
             # Some chat templates close an answer with another EOS than the tokenizer's: use that.
             end = next((x for x in closing_ids[:1] if x in self.eos_ids), tokenizer.eos_token_id)
@@ -401,14 +401,15 @@ class Policy(nn.Module):
         rows = [ids[mask].tolist() for ids, mask in
                 zip(rollout.sequence_ids[:, prompt_len:], rollout.response_mask, strict=True)]
         strings = {i: self.tokenizer.decode([i]) for ids in rows for i in set(ids)}
-        texts = [ids[:-1] if ids[-1] in self.eos_ids else ids for ids in rows]
+        eos_ids = self.eos_ids.tolist()
+        texts = [ids[:-1] if ids[-1] in eos_ids else ids for ids in rows]
         texts = self.tokenizer.batch_decode(texts, clean_up_tokenization_spaces=False)
         return texts, [[strings[i] for i in ids] for ids in rows]
 
     def states(self, trunk, ids: Tensor, mask: Tensor, cache=None) -> Tensor:
-        """Hidden states (batch, columns, hidden) of the columns in ids, the last ones of mask.
+        """Hidden states (batch, columns, hidden) of ids. trunk: a model without its output layer.
 
-        With a KV cache, ids has only the columns that the cache does not have yet."""
+        With a KV cache, ids are the columns that the cache does not have; mask has all columns."""
         # The first real token has position 0: left padding must not shift it.
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with self.autocast():
@@ -416,7 +417,7 @@ class Policy(nn.Module):
                          past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
     def logits(self, states: Tensor, temperature: float) -> Tensor:
-        """Logits (..., vocab) of the tokens that follow; states (..., hidden) are the trunk's."""
+        """Logits (..., vocab) of the next token, from hidden states (..., hidden)."""
         with self.autocast():
             logits = self.lm.get_output_embeddings()(states).float()
         bound = getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)
@@ -440,7 +441,7 @@ class Policy(nn.Module):
         ids, mask, column = ids[:, first:last], mask[:, first:last], column - first
         # A token is chosen in the state one column before it.
         hidden = self.states(self.lm.base_model, ids, mask)[row, column - 1]  # (tokens, hidden)
-        # The same as logprobs_and_entropy(self.logits(hidden, temperature), ids[row, column]).
+        # logprobs_and_entropy(self.logits(hidden, temperature), ids[row, column]), in less memory.
         logprobs, entropies = ChunkedLogprobs.apply(self, temperature, hidden, ids[row, column],
                                                     *self.lm.get_output_embeddings().parameters())
         values = torch.zeros_like(logprobs)
@@ -448,15 +449,16 @@ class Policy(nn.Module):
             if self.trunk is not None:
                 hidden = self.states(self.trunk, ids, mask)[row, column - 1]
             values = self.value_head(hidden.float()).squeeze(-1)
+        # Back to rows and columns; nonzero and masked_scatter both go row by row.
         padded = torch.zeros_like(response_mask, dtype=torch.float32)
         return [padded.masked_scatter(response_mask, x) for x in (logprobs, entropies, values)]
 
     def add_critic(self, score: "Score") -> None:
         """Add V(state): a linear head on the policy's hidden states, or on a trunk of its own.
 
-        The head starts at V = 0. A separate critic starts as a copy of the reward model if both use
-        the same tokens: V is then the normalised score, (raw − offset) / scale, of the text so far
-        (Stiennon 2020, 2009.01325). Otherwise it starts as a copy of the policy's trunk."""
+        A separate critic starts as a copy of the reward model if both use the same tokens: V is
+        then the normalised score, (raw − offset) / scale, of the text so far (Stiennon 2020,
+        2009.01325). Else it starts as a copy of the policy's trunk, and any other V starts at 0."""
         trunk, source, weight, bias = self.lm.base_model, score.source, 0.0, 0.0
         if self.args.critic == "separate":
             if can_start_critic(source, self):
@@ -483,29 +485,28 @@ def sample_tokens(policy: Policy, prompts: Rollout, noise: Tensor, temperature: 
     sequence_ids = nn.functional.pad(prompts.sequence_ids, (0, response_len), value=policy.pad_id)
     sequence_mask = nn.functional.pad(prompts.sequence_mask, (0, response_len), value=False)
     ended = torch.zeros_like(sequence_mask[:, 0])  # (batch,)
-    rows = torch.arange(len(ended), device=ended.device)  # numbers of the rows that go on
-    ids = prompts.sequence_ids
+    active = torch.arange(len(ended), device=ended.device)  # numbers of the rows still computed
     cache = transformers.Cache(layer_class_to_replicate=functools.partial(CacheLayer, seq_len))
     with policy.autocast():  # around the loop: the weights become bfloat16 once, not for each token
         for t in range(prompt_len, seq_len):
-            states = policy.states(policy.lm.base_model, ids, sequence_mask[rows, :t], cache)
-            probs = policy.logits(states[:, -1], temperature).softmax(-1)  # (rows, vocab)
-            # Take the first token whose cumulative probability exceeds noise · total. There is one:
-            # noise is below 1, so noise · total stays below total, even when it is rounded.
+            ids = sequence_ids[active, cache.get_seq_length() : t]  # what the cache does not have
+            states = policy.states(policy.lm.base_model, ids, sequence_mask[active, :t], cache)
+            probs = policy.logits(states[:, -1], temperature).softmax(-1)  # (active, vocab)
+            # Take the first token whose cumulative probability exceeds noise · sum. There is one:
+            # noise is below 1, so noise · sum is below the sum, even when it is rounded.
             cumulative = probs.cumsum(-1)
-            threshold = noise[rows, t - prompt_len, None] * cumulative[:, -1:]
-            sampled = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)  # (rows,)
-            sequence_ids[rows, t] = torch.where(ended[rows], policy.pad_id, sampled)
-            sequence_mask[rows, t] = ~ended[rows]  # EOS is a real token, what follows is padding
-            ended[rows] |= torch.isin(sampled, policy.eos_ids)
-            ids = sequence_ids[rows, t : t + 1]
-            # Drop the rows that have ended; not after each token, because a GPU has to wait here.
+            threshold = noise[active, t - prompt_len, None] * cumulative[:, -1:]  # (active, 1)
+            sampled = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)  # (active,)
+            sequence_ids[active, t] = torch.where(ended[active], policy.pad_id, sampled)
+            sequence_mask[active, t] = ~ended[active]  # EOS is a real token, later ones are padding
+            ended[active] |= torch.isin(sampled, policy.eos_ids)
+            # Drop the rows that have ended; not after each token: it makes the CPU wait for a GPU.
             if (t - prompt_len) % 8 == 7:
-                going = (~ended[rows]).nonzero().squeeze(1)
+                going = (~ended[active]).nonzero().squeeze(1)
                 if len(going) == 0:
                     break
-                if len(going) < len(rows):
-                    rows, ids = rows[going], ids[going]
+                if len(going) < len(active):
+                    active = active[going]
                     cache.batch_select_indices(going)
     return Rollout(sequence_ids, sequence_mask, sequence_mask[:, prompt_len:], ended)
 
@@ -683,7 +684,7 @@ def update_policy(
              if name != "loss" and not name.endswith("_max")}  # "loss" is their weighted sum
     if args.ptx_coef > 0:
         stats["ptx_loss"] = stats.pop("sft_loss")
-    # Before the first step, new and old policy are equal: this ratio has to be 1.
+    # Before the first step, new and old policy are equal: this ratio has to be 1, but for rounding.
     stats["ratio_first"] = math.exp(steps[0]["abs_log_ratio_max"])
     stats["ratio_max"] = math.exp(max(step["log_ratio_max"] for step in steps))
     stats["explained_variance"] = explained_variance(rollout.returns, rollout.old_values,
@@ -798,7 +799,7 @@ def train_reward_model(sft: str, data: "Data", args: Args, log: "RunLog") -> str
 def train_ppo(sft: str, score: Score, data: "Data", args: Args, log: "RunLog") -> None:
     """Stage 3: PPO from the SFT model, with a frozen copy of it as the reference."""
     torch.manual_seed(args.seed)
-    policy, reference = load_policy(sft, args), load_policy(sft, args).requires_grad_(False)
+    policy, reference = load_policy(sft, args), load_policy(sft, args)
     score.measure(policy, prompt_batch(data.prompts, 1, 2 * args.batch_size, args.seed), args)
     policy.add_critic(score)
     critic = [x for name, x in policy.named_parameters() if not name.startswith("lm.")]
@@ -973,15 +974,17 @@ def cut_front(tokenizer, ids: list[int], limit: int) -> list[int]:
 class ChunkedLogprobs(torch.autograd.Function):
     """logprobs_and_entropy(policy.logits(states, temperature), ids), with the same gradients.
 
-    The logits (tokens, vocab) would be by far the largest tensor of a run. Here they exist for a
-    few tokens at a time, and the backward pass computes them again. With p = softmax(logits), the
-    gradient by the logits is onehot(id) − p for log p[id], and −p·(log p + H) for the entropy H.
+    If the vocabulary is large, logits (tokens, vocab) would be the largest tensor of a run. Here
+    they exist for a few tokens at a time, and the backward pass computes them again. With
+    p = softmax(logits), the gradient by the logits is onehot(id) − p for log p[id], and
+    −p·(log p + H) for the entropy H.
 
-    Args: states (tokens, hidden), ids (tokens,), and the parameters of the output layer."""
+    Args: states (tokens, hidden), ids (tokens,), and the weights of the output layer, because
+    autograd gives gradients only to tensors that are arguments."""
 
     @staticmethod
     def chunks(vocab: int, *tensors: Tensor):
-        """Parts of all tensors, as many tokens as have 24 MB of logits (on a GPU, 800 MB)."""
+        """Parts of all tensors; the logits of a part have 24 MB (on a GPU, 800 MB)."""
         limit = 6_000_000 if tensors[0].device.type == "cpu" else 200_000_000
         return zip(*(x.split(max(1, limit // vocab)) for x in tensors), strict=True)
 
@@ -990,21 +993,22 @@ class ChunkedLogprobs(torch.autograd.Function):
         """Returns: logprobs and entropies, (tokens,) each."""
         parts = []
         with policy.autocast():  # around the loop: the weights become bfloat16 once
-            for part, part_ids in ChunkedLogprobs.chunks(len(weights[0]), states, ids):
+            vocab = len(weights[0])  # weights[0] is (vocab, hidden)
+            for part, part_ids in ChunkedLogprobs.chunks(vocab, states, ids):
                 parts.append(logprobs_and_entropy(policy.logits(part, temperature), part_ids))
         logprobs, entropies = map(torch.cat, zip(*parts, strict=True))
         ctx.policy, ctx.temperature = policy, temperature
         ctx.save_for_backward(states, ids, entropies, *weights)
-        if policy.args.ent_coef == 0:  # its gradient would take time for nothing
+        if policy.args.ent_coef == 0:  # do not spend time on its gradient
             ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx, *grads):
-        """Returns: the gradients of states and weights."""
+        """Args: gradients by logprobs and entropies. Returns: gradients by states and weights."""
         (states, ids, entropies, *weights), policy = ctx.saved_tensors, ctx.policy
         states_grads, weights_grads = [], None
-        with policy.autocast(), torch.enable_grad():
+        with policy.autocast(), torch.enable_grad():  # autograd turns both off
             for part, part_ids, H, of_logprobs, of_H in ChunkedLogprobs.chunks(
                     len(weights[0]), states, ids, *(x.unsqueeze(1) for x in (entropies, *grads))):
                 part = part.detach().requires_grad_()
@@ -1026,7 +1030,7 @@ class CacheLayer(transformers.cache_utils.DynamicLayer):
     """Keys and values of one layer of a KV cache, in tensors that have room for max_len tokens.
 
     DynamicLayer would copy all of them for each new token. Keys are stored in the type of the
-    values: with --dtype bfloat16, rotary embeddings make keys float32."""
+    values: with --dtype bfloat16, rotary embeddings make keys float32, twice the memory."""
 
     def __init__(self, max_len: int):
         super().__init__()
@@ -1047,9 +1051,8 @@ class CacheLayer(transformers.cache_utils.DynamicLayer):
 
     def batch_select_indices(self, indices):
         """Drop all rows but those in indices."""
-        end = self.get_seq_length()
         self.buffers = [buffer[indices] for buffer in self.buffers]
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        self.keys, self.values = (x[:, :, : self.keys.shape[2]] for x in self.buffers)
 
 
 # The embedded task: film reviews from a grammar, and a gold reward that only the annotator sees ---
@@ -1312,7 +1315,7 @@ def load_model(flag_name: str, folder, kind: str, args: Args, new_head: bool = F
         for name, value in vars(config).items():
             if "drop" in name and isinstance(value, float):
                 setattr(config, name, 0.0)  # else old and new log-probabilities would differ
-            if value == "gelu_new":  # GPT-2: the same function in one step instead of eight
+            if value == "gelu_new":  # GPT-2: the same function, in one step instead of eight
                 setattr(config, name, "gelu_pytorch_tanh")
         model, info = getattr(transformers, f"AutoModel{kind}").from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True)
@@ -1353,14 +1356,14 @@ def load_policy(folder: str | None, args: Args) -> Policy:
         refuse(f"{flag(args, 'max_prompt_len')} + {flag(args, 'response_len')} exceed the model's "
                f"context of {context} tokens; lower one of them.")
     policy = Policy(lm, tokenizer, args).to(args.device)
-    with torch.no_grad():
+    with torch.no_grad(), policy.autocast():
         ids = torch.arange(8, device=args.device).unsqueeze(0)
-        own = lm(input_ids=ids).logits.index_fill(-1, policy.banned_ids, 0.0)
-        states = policy.states(lm.base_model, ids, torch.ones_like(ids))
-        found = policy.logits(states, 1.0).index_fill(-1, policy.banned_ids, 0.0)
-    if (found - own).abs().max() > 0.1 * own.std():
-        refuse(f"--policy-model {folder}: its output layer is more than a matrix, which this file "
-               "does not know; give another model.")
+        own = lm(input_ids=ids).logits
+        found = policy.logits(policy.states(lm.base_model, ids, torch.ones_like(ids)), 1.0)
+        error = (found - own).index_fill(-1, policy.banned_ids, 0.0)
+    if error.abs().max() > 0.1 * own.std():
+        refuse(f"--policy-model {folder}: its logits are more than an output layer of its hidden "
+               "states (some models scale them); give another model.")
     return policy
 
 

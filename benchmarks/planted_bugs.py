@@ -9,11 +9,14 @@ GitHub), is a near relative of one that did, or was planted blind, by a helper t
 tests. For each, the behavioural tests run until the first failure, fastest file first; tests that
 compare the text of the files, their copies, or the README with results are left out: they would
 notice any change. First the files as they are have to pass. A bug that no test catches is a missing
-test. Each result is written to results/planted_bugs.json at once. A bug is planted again if its
-file, the bug or the test that caught it has changed, or if no test has caught it; the test that
-caught it the last time then runs before all others, to save time.
+test. Each result is written to results/planted_bugs.json at once. A bug is planted again if the
+code of its file (comments and docstrings do not count), the bug or the test that caught it has
+changed, or if no test has caught it; the test that caught it the last time then runs before all
+others, to save time.
 """
 
+import ast
+import functools
 import hashlib
 import re
 import shutil
@@ -59,26 +62,65 @@ RLHF = [
     (2, "position ids cut from the wrong end",
      "(mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]",
      "(mask.long().cumsum(-1) - 1).clamp(min=0)[:, : ids.shape[1]]"),
-    (2, "a separate critic's trunk without position ids",
-     "hidden = self.trunk(input_ids=ids, attention_mask=mask, position_ids=positions,",
-     "hidden = self.trunk(input_ids=ids, attention_mask=mask,"),
+    (2, "a trunk without position ids",
+     "return trunk(input_ids=ids, attention_mask=mask, position_ids=positions,",
+     "return trunk(input_ids=ids, attention_mask=mask,"),
+    (None, "a separate critic reads with the policy's trunk",
+     "hidden = self.states(self.trunk, ids, mask)[row, column - 1]",
+     "hidden = self.states(self.lm.base_model, ids, mask)[row, column - 1]"),
+    (None, "prompts are cut on the left and the columns of tokens are not moved",
+     "ids, mask, column = ids[:, first:last], mask[:, first:last], column - first",
+     "ids, mask, column = ids[:, first:last], mask[:, first:last], column"),
+    (None, "the last response column is left out",
+     "first, last = int(mask.any(dim=0).int().argmax()), int(column.max()) + 1",
+     "first, last = int(mask.any(dim=0).int().argmax()), int(column.max())"),
+    (None, "soft-capping left out",
+     "if bound is not None:", "if bound is None:"),
+    (None, "an output layer that scales its logits is accepted",
+     "if error.abs().max() > 0.1 * own.std():",
+     "if error.abs().max() > 10 * own.std():"),
+    (None, "GPT-2's activation becomes another function",
+     'setattr(config, name, "gelu_pytorch_tanh")', 'setattr(config, name, "relu")'),
+    (None, "a row that goes on gets the noise of another one",
+     "threshold = noise[active, t - prompt_len, None] * cumulative[:, -1:]",
+     "threshold = noise[: len(active), t - prompt_len, None] * cumulative[:, -1:]"),
+    (None, "rows leave the batch and stay in the cache",
+     "                    cache.batch_select_indices(going)\n", ""),
+    (None, "rows leave the cache's tensors only at the next token",
+     "        self.buffers = [buffer[indices] for buffer in self.buffers]\n", ""),
+    (None, "sampling ends when the first row has ended",
+     "                if len(going) == 0:", "                if len(going) < len(active):"),
+    (None, "the cache writes each token over the first one",
+     "buffer[:, :, start:end] = states", "buffer[:, :, : end - start] = states"),
+    (None, "the output layer gets the gradient of the last chunk alone",
+     "weights_grads = (found[1:] if weights_grads is None else",
+     "weights_grads = (found[1:] if True else"),
+    (None, "the gradient of the entropy without H",
+     "factor = of_logprobs + of_H * (logits.log_softmax(-1) + H)",
+     "factor = of_logprobs + of_H * logits.log_softmax(-1)"),
+    (None, "the gradient of a logprob without its own token",
+     "                    grad.scatter_add_(1, part_ids.unsqueeze(1), of_logprobs)\n", ""),
+    (None, "the backward pass reads at temperature 1",
+     "logits = policy.logits(part, ctx.temperature)", "logits = policy.logits(part, 1.0)"),
+    (None, "the entropy bonus has no gradient",
+     "if policy.args.ent_coef == 0:  # do not", "if True:  # do not"),
     (3, "GAE without its mask",
      "rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)",
      "rewards, values = rewards, values"),
     (5, "the response mask forgets EOS",
-     "sequence_mask[:, t] = ~ended  # EOS is a real token, what follows it is padding\n"
-     "            ended = ended | torch.isin(sampled, policy.eos_ids)\n",
-     "ended = ended | torch.isin(sampled, policy.eos_ids)\n"
-     "            sequence_mask[:, t] = ~ended\n"),
+     "sequence_mask[active, t] = ~ended[active]  # EOS is a real token, later ones are padding\n"
+     "            ended[active] |= torch.isin(sampled, policy.eos_ids)\n",
+     "ended[active] |= torch.isin(sampled, policy.eos_ids)\n"
+     "            sequence_mask[active, t] = ~ended[active]\n"),
     (5, "masks from token identity instead of lengths",
      "    return ids.to(device), mask.to(device)\n",
      "    return ids.to(device), (ids != pad_id).to(device)\n"),
     (6, "only the first of several EOS ids ends a response",
-     "ended = ended | torch.isin(sampled, policy.eos_ids)",
-     "ended = ended | (sampled == policy.eos_ids[0])"),
+     "ended[active] |= torch.isin(sampled, policy.eos_ids)",
+     "ended[active] |= sampled == policy.eos_ids[0]"),
     (6, "a response goes on after its EOS",
-     "ended = ended | torch.isin(sampled, policy.eos_ids)",
-     "ended = torch.isin(sampled, policy.eos_ids)"),
+     "ended[active] |= torch.isin(sampled, policy.eos_ids)",
+     "ended[active] = torch.isin(sampled, policy.eos_ids)"),
     (6, "the saved policy forgets all EOS ids but one",
      "eos_token_id=model.eos_ids.tolist(), pad",
      "eos_token_id=tokenizer.eos_token_id, pad"),
@@ -92,17 +134,17 @@ RLHF = [
      "last_token_idx = response_mask.sum(dim=1, keepdim=True) - 1  # (batch, 1)",
      "last_token_idx = torch.full_like(response_mask[:, :1].long(), kl.shape[1] - 1)"),
     (8, "log-probabilities shifted by one",
-     "logits = logits[:, :-1]  # the logits at position t are those of token t + 1",
-     "logits = logits[:, 1:]"),
+     "hidden = self.states(self.lm.base_model, ids, mask)[row, column - 1]",
+     "hidden = self.states(self.lm.base_model, ids, mask)[row, column]"),
     (8, "values read after the token instead of before it",
-     "hidden = hidden[:, -response_len - 1 : -1].float()",
-     "hidden = hidden[:, -response_len:].float()"),
+     "        values = torch.zeros_like(logprobs)\n",
+     "        hidden = self.states(self.lm.base_model, ids, mask)[row, column]\n"
+     "        values = torch.zeros_like(logprobs)\n"),
     (8, "a separate critic read one position late",
-     "use_cache=False).last_hidden_state",
-     "use_cache=False).last_hidden_state.roll(-1, 1)"),
+     "hidden = self.states(self.trunk, ids, mask)[row, column - 1]",
+     "hidden = self.states(self.trunk, ids, mask)[row, column]"),
     (9, "temperature forgotten",
-     "logits = output.logits.float() / temperature",
-     "logits = output.logits.float()"),
+     "            logits = logits / temperature\n", "            logits = logits * 1\n"),
     (9, "the sampler at temperature 1",
      "sample_tokens(policy, rows, u, args.temperature)",
      "sample_tokens(policy, rows, u, 1.0)"),
@@ -119,8 +161,7 @@ RLHF = [
      "sampled = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)",
      "sampled = logits.argmax(-1)"),
     (10, "PAD may be sampled",
-     "logits = logits.index_fill(-1, self.banned_ids, torch.finfo(torch.float32).min)",
-     "logits = logits + 0"),
+     "return logits.index_fill_(-1, self.banned_ids, -1e30)", "return logits"),
     (11, "dropout left on",
      "setattr(config, name, 0.0)",
      "pass"),
@@ -131,7 +172,7 @@ RLHF = [
      'if "drop" in name and isinstance(value, float):',
      'if "drop" in name and isinstance(value, float) and kind == "ForCausalLM":'),
     (12, "the reference is the policy itself",
-     "policy, reference = load_policy(sft, args), load_policy(sft, args).requires_grad_(False)",
+     "policy, reference = load_policy(sft, args), load_policy(sft, args)",
      "policy = reference = load_policy(sft, args)"),
     (12, "the reference follows the policy",
      "if args.ref_update_interval and iteration % args.ref_update_interval == 0:",
@@ -238,8 +279,8 @@ RLHF = [
      "return torch.where(mask, x, 0).sum(dim) / mask.sum(dim)",
      "return (x * mask).sum(dim) / mask.sum(dim)"),
     (24, "log-probabilities in the precision of the model",
-     "logits = output.logits.float() / temperature",
-     "logits = output.logits / temperature"),
+     "logits = self.lm.get_output_embeddings()(states).float()",
+     "logits = self.lm.get_output_embeddings()(states)"),
     (25, "the separate critic starts from a random head",
      "weight = source.classifier.score.weight / score.scale",
      "weight = torch.randn_like(source.classifier.score.weight)"),
@@ -269,7 +310,7 @@ RLHF = [
      "return same_tokens and context_len(source) >= seq_len",
      "return context_len(source) >= seq_len"),
     (29, "a second EOS for the reward model",
-     "texts = [ids[:-1] if ids[-1] in self.eos_ids else ids for ids in rows]",
+     "texts = [ids[:-1] if ids[-1] in eos_ids else ids for ids in rows]",
      "texts = rows"),
     (29, "the same words with other ids taken as the same tokens",
      "policy.tokenizer.get_vocab().items() <= source.tokenizer.get_vocab().items()",
@@ -307,8 +348,8 @@ RLHF = [
      'stats["explained_variance"] = explained_variance(rollout.returns, rollout.old_values,',
      'stats["explained_variance"] = explained_variance(rollout.old_values, rollout.returns,'),
     (35, "entropy with the wrong sign",
-     "return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)",
-     "return (logits.softmax(-1) * logits).sum(-1) - logits.logsumexp(-1)"),
+     "entropies = -(log_probs.exp() * log_probs).sum(-1)",
+     "entropies = (log_probs.exp() * log_probs).sum(-1)"),
     (35, "the win rate of SFT over PPO",
      "float(new[key] > old[key])",
      "float(old[key] > new[key])"),
@@ -712,9 +753,20 @@ def source_of(test):
     return found[0] if found else ""
 
 
+@functools.cache
+def code_of(file_name):
+    """A file without its comments and docstrings."""
+    tree = ast.parse((ROOT / file_name).read_text())
+    documented = ast.Module, ast.ClassDef, ast.FunctionDef
+    for node in ast.walk(tree):
+        if isinstance(node, documented) and ast.get_docstring(node):
+            node.body = node.body[1:]
+    return ast.dump(tree)
+
+
 def fingerprint(bug, test):
-    """Changes with the file, the bug and the test that caught it."""
-    text = (ROOT / bug["file"]).read_text() + bug["line"] + bug["bugged_line"] + source_of(test)
+    """Changes with the code of the file, the bug and the test that caught it."""
+    text = code_of(bug["file"]) + bug["line"] + bug["bugged_line"] + source_of(test)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -781,14 +781,14 @@ def test_a_policy_whose_tokenizer_is_too_big_is_refused(tmp_path, capsys):
     assert "its tokenizer has 16 tokens, its embedding 10" in message
 
 
-def test_a_policy_whose_output_layer_is_more_than_a_matrix_is_refused(tmp_path, capsys):
+def test_a_policy_that_scales_its_logits_is_refused(tmp_path, capsys):
     # Cohere multiplies its logits by logit_scale; Gemma 2's soft-capping is known.
     config = transformers.CohereConfig(
         vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
         num_attention_heads=2, eos_token_id=1, pad_token_id=0, initializer_range=0.5,
         logit_scale=0.5)
     save(tmp_path, transformers.CohereForCausalLM(config), make_tokenizer())
-    assert "more than a matrix" in refusal(capsys, load_policy, tmp_path)
+    assert "more than an output layer" in refusal(capsys, load_policy, tmp_path)
 
 
 def test_gpt2s_activation_is_computed_in_one_step_and_stays_the_same_function(tmp_path):
