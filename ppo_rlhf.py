@@ -435,23 +435,23 @@ class Policy(nn.Module):
         0 in the padding."""
         ids, mask, response_mask = rows.sequence_ids, rows.sequence_mask, rows.response_mask
         row, column = response_mask.nonzero(as_tuple=True)  # (tokens,) each: the response tokens
-        column = column + ids.shape[1] - response_mask.shape[1]  # in sequence_ids
         # Leave out the columns that are padding in all of these rows.
-        first, last = int(mask.any(dim=0).int().argmax()), int(column.max()) + 1
-        ids, mask, column = ids[:, first:last], mask[:, first:last], column - first
+        first = int(mask.any(dim=0).int().argmax())
+        prompt_len = ids.shape[1] - response_mask.shape[1] - first
+        columns = slice(first, first + prompt_len + int(column.max()) + 1)
+        ids, mask, token = ids[:, columns], mask[:, columns], prompt_len + column
         # A token is chosen in the state one column before it.
-        hidden = self.states(self.lm.base_model, ids, mask)[row, column - 1]  # (tokens, hidden)
-        # logprobs_and_entropy(self.logits(hidden, temperature), ids[row, column]), in less memory.
-        logprobs, entropies = ChunkedLogprobs.apply(self, temperature, hidden, ids[row, column],
+        hidden = self.states(self.lm.base_model, ids, mask)[row, token - 1]  # (tokens, hidden)
+        # logprobs_and_entropy(self.logits(hidden, temperature), ids[row, token]), in less memory.
+        logprobs, entropies = ChunkedLogprobs.apply(self, temperature, hidden, ids[row, token],
                                                     *self.lm.get_output_embeddings().parameters())
         values = torch.zeros_like(logprobs)
         if self.value_head is not None:
             if self.trunk is not None:
-                hidden = self.states(self.trunk, ids, mask)[row, column - 1]
+                hidden = self.states(self.trunk, ids, mask)[row, token - 1]
             values = self.value_head(hidden.float()).squeeze(-1)
-        # Back to rows and columns; nonzero and masked_scatter both go row by row.
         padded = torch.zeros_like(response_mask, dtype=torch.float32)
-        return [padded.masked_scatter(response_mask, x) for x in (logprobs, entropies, values)]
+        return [padded.index_put((row, column), x) for x in (logprobs, entropies, values)]
 
     def add_critic(self, score: "Score") -> None:
         """Add V(state): a linear head on the policy's hidden states, or on a trunk of its own.
@@ -1358,8 +1358,9 @@ def load_policy(folder: str | None, args: Args) -> Policy:
     policy = Policy(lm, tokenizer, args).to(args.device)
     with torch.no_grad(), policy.autocast():
         ids = torch.arange(8, device=args.device).unsqueeze(0)
-        own = lm(input_ids=ids).logits
-        found = policy.logits(policy.states(lm.base_model, ids, torch.ones_like(ids)), 1.0)
+        mask = torch.ones_like(ids)
+        own = lm(input_ids=ids, attention_mask=mask).logits
+        found = policy.logits(policy.states(lm.base_model, ids, mask), 1.0)
         error = (found - own).index_fill(-1, policy.banned_ids, 0.0)
     if error.abs().max() > 0.1 * own.std():
         refuse(f"--policy-model {folder}: its logits are more than an output layer of its hidden "

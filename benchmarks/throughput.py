@@ -10,6 +10,12 @@ its own; ours is measured as that, and as a value head on the policy. The time i
 between the starts of two iterations, everything counted; the figure is its median.
 Memory is the most that the process holds beyond what it held after loading. Only ratios within one
 round mean something, on a machine that does nothing else.
+
+Limits: reading all weights and the cache once for each token at the rate at which memory is copied;
+the arithmetic of the update at the rate of a large matrix product. Both rates are measured in the
+same process, before the run. Calls: how many operators (on a GPU each is a launch of some 5 µs) and
+how many reads of a value (on a GPU each waits for the device) a decoded token and an optimizer step
+take, counted at vocabulary 512.
 """
 
 import json
@@ -140,16 +146,94 @@ def run_trl(folder, job, meter):
     return {}
 
 
+def limits(job):
+    """Least seconds that decoding and the update could take here, by measured rates."""
+    import torch
+
+    def rate(amount, work):
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - start)
+        return amount / min(seconds)
+
+    large, matrix = torch.randn(2**26), torch.randn(2048, 2048)
+    bytes_per_s = rate(2 * 4 * 2**26, large.clone)  # each number is read and written
+    flops_per_s = rate(2 * 2048**3, lambda: matrix @ matrix)
+    width, layers, response_len = 128, 4, job["response_len"]
+    trunk, head = 12 * layers * width**2, job["vocab"] * width
+    cached = job["batch"] * layers * 2 * width * (PROMPT_LEN + response_len / 2)  # on average
+    responses = 4 * job["batch"]  # four epochs
+    trunks = 2 if job["critic"] == "separate" else 1
+    flops = 6 * responses * (trunks * trunk * (PROMPT_LEN + response_len) + head * response_len)
+    decode_limit_s = 4 * response_len * (trunk + head + cached) / bytes_per_s
+    return {"decode_limit_s": round(decode_limit_s, 4),
+            "update_limit_s": round(flops / flops_per_s, 4)}
+
+
+def count_calls(folder, job):
+    """Operators and reads of a value, per decoded token and per optimizer step."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sys.path.insert(0, str(common.ROOT))
+    import ppo_rlhf
+
+    class Calls(TorchDispatchMode):
+        operators = reads = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.operators += not function.is_view
+            self.reads += function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero")
+            return function(*args, **(kwargs or {}))
+
+    calls, tolist = Calls(), torch.Tensor.tolist
+
+    def counted_tolist(tensor):
+        calls.reads += 1
+        return tolist(tensor)
+
+    args = ppo_rlhf.resolve_args(ppo_rlhf.Args(
+        policy_model=str(folder / "policy"), critic=job["critic"], batch_size=job["batch"],
+        total_episodes=job["batch"], minibatch_size=job["batch"] // 4, device="cpu",
+        response_len=job["response_len"], max_prompt_len=PROMPT_LEN))
+    policy = ppo_rlhf.load_policy(args.policy_model, args)
+    policy.add_critic(ppo_rlhf.Score(None))
+    prompts = [json.loads(x)["prompt"] for x in (folder / "prompts.jsonl").open()][:job["batch"]]
+    rollout = ppo_rlhf.collect_rollout(policy, policy, prompts, 1, args)
+    rollout.scores = torch.randn(len(prompts))
+    ppo_rlhf.compute_advantages(rollout, 0.05, args)
+    encoded = policy.encode(prompts)
+    noise = torch.rand(len(prompts), args.response_len)
+    optimizer = torch.optim.Adam(policy.parameters(), fused=True)
+    torch.Tensor.tolist = counted_tolist
+    with calls:
+        sampled = ppo_rlhf.sample_tokens(policy, encoded, noise, 1.0)
+    tokens = int(sampled.response_mask.any(dim=0).sum())
+    found = {"decode_operators": round(calls.operators / tokens),
+             "decode_reads": round(calls.reads / tokens, 2)}
+    calls.operators = calls.reads = 0
+    with calls:
+        ppo_rlhf.update_policy(policy, optimizer, rollout, 0.05, [], 1,
+                               ppo_rlhf.replace(args, update_epochs=1))
+    return found | {"step_operators": round(calls.operators / 4),
+                    "step_reads": round(calls.reads / 4, 2)}
+
+
 RUNNERS = {"ours": run_ours, "trl": run_trl}
 
 
 def measure(job):
     """One contestant, in this process. Prints its figures as JSON."""
-    meter = Meter()
     with tempfile.TemporaryDirectory() as name:
         save_models(Path(name), job["vocab"])
+        if job["who"] == "calls":
+            print(json.dumps(count_calls(Path(name), job)))
+            return
+        found, meter = limits(job), Meter()
         split = RUNNERS[job["who"]](Path(name), job, meter)
-    print(json.dumps(meter.report(job["batch"]) | split))
+    print(json.dumps(meter.report(job["batch"]) | split | found))
 
 
 def one_run(job):
@@ -170,6 +254,8 @@ def jobs():
     for change in ({"response_len": 128}, {"response_len": 512}, {"batch": 16}, {"batch": 256},
                    {"vocab": 4096}, {"vocab": 150_000}):
         yield SHAPE | change | {"who": "ours", "round": 1}
+    for critic in ("separate", "shared"):
+        yield SHAPE | {"critic": critic, "who": "calls", "round": 1}
 
 
 def main():
@@ -196,10 +282,18 @@ def main():
                          f"{median(ratios):.2f}", f"{peak:.2f}", f"{trl_peak:.2f}"])
     lines = common.markdown(["vocabulary", "our critic", "ours, episodes/s", "trl", "ratio",
                              "ours, GB above loaded", "trl"], rows)
-    grown = [[*(x[name] for name in SHAPE), x["episodes_per_s"], x["rollout_s"], x["score_s"],
-              x["update_s"], x["peak_gb"]] for x in runs if x["who"] == "ours"]
-    lines += ["", *common.markdown([*SHAPE, "episodes/s", "rollout s", "score s", "update s", "GB"],
-                                   grown)]
+    grown = [[*(x[name] for name in SHAPE), x["episodes_per_s"],
+              round(x["episodes_per_s"] * x["response_len"]), x["rollout_s"], x["score_s"],
+              x["update_s"], f"{x['update_limit_s'] / x['update_s']:.0%}", x["decode_limit_s"],
+              x["peak_gb"]] for x in runs if x["who"] == "ours"]
+    lines += ["", *common.markdown(
+        [*SHAPE, "episodes/s", "tokens/s", "rollout s", "score s", "update s",
+         "of its limit", "limit of decoding, s", "GB"], grown)]
+    calls = [x for x in runs if x["who"] == "calls"]
+    if calls:
+        keys = "decode_operators", "decode_reads", "step_operators", "step_reads"
+        lines += ["", *common.markdown(["critic", *(key.replace("_", ", ") for key in keys)],
+                                       [[x["critic"], *(x[key] for key in keys)] for x in calls])]
     common.publish("throughput", lines)
 
 
