@@ -399,6 +399,7 @@ def jobs() -> list[dict]:
             found += [job("peers", who, instance, seed=seed) for who in ("ours", "trl")]
     found += [job("second edition", "ours", instance, seed=seed)
               for seed in (1, 2, 3) for instance in (1, 3, 5)]
+    found += [job("vf_coef", "ours", 5, seed=seed, flags="--vf-coef 0.1") for seed in (1, 2, 3)]
     found += [job("tuned", "ours", instance, flags=TUNED) for instance in INSTANCES]
     found += [job("long", "ours", instance, 204_800, flags=LONG) for instance in INSTANCES[:2]]
     found.append(job("longest", "ours", 1, 819_200, flags=LONG))
