@@ -114,6 +114,14 @@ def test_every_planted_bug_is_caught_and_the_counts_are_right():
     assert f"{len(bugs)} one-line bugs" in README and f"{len(catchers)} different tests" in README
 
 
+def test_the_table_of_throughput_is_what_the_raw_results_say():
+    table = (ROOT / "benchmarks/results/throughput.md").read_text().split("\n\n")[0]
+    assert table.startswith("| vocabulary | our critic |") and table in README
+    runs = json.loads((ROOT / "benchmarks/results/throughput.json").read_text())["runs"]
+    trl = [x["episodes_per_s"] for x in runs if (x["who"], x["vocab"]) == ("trl", 512)]
+    assert f"| {statistics.median(trl):.2f} |" in table
+
+
 def test_the_count_of_cross_checks_is_right():
     rows = json.loads((ROOT / "benchmarks/results/cross_checks.json").read_text())["rows"]
     agree = [x["difference"] < 1e-6 for x in rows]
