@@ -27,6 +27,9 @@ def make_tokenizer(**special):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
+FAMILIES = ["GPT2", "GPTNeoX", "Llama", "Qwen2", "Qwen3", "Gemma", "Gemma2"]
+
+
 def make_config(family, **changes):
     """A model of about 10,000 parameters; dropout is on wherever the family knows it."""
     import transformers

@@ -16,7 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import make_config, make_lm, make_policy, make_reward_model, make_tokenizer, run, save
+from conftest import (
+    FAMILIES,
+    make_config,
+    make_lm,
+    make_policy,
+    make_reward_model,
+    make_tokenizer,
+    run,
+    save,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppo_rlhf import (
@@ -38,7 +47,6 @@ from ppo_rlhf import (
 
 PROMPTS = ["the", "plot was dull good", "bad a"]  # ids 4 | 5 6 7 8 | 9 10
 RESPONSES = ["b c", "d", ". , the plot"]  # 11 12 EOS | 13 EOS | 14 15 4 5, cut before its EOS
-FAMILIES = ["GPT2", "GPTNeoX", "Llama", "Qwen2", "Qwen3", "Gemma", "Gemma2"]
 ROWS = {"response_len": 4}  # with this setting the third response is cut
 USER = {"role": "user", "content": "the plot"}
 

@@ -17,7 +17,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import make_lm, make_policy, make_reward_model, make_tokenizer
+from conftest import FAMILIES, make_lm, make_policy, make_reward_model, make_tokenizer
 
 from ppo_rlhf import (
     Policy,
@@ -307,8 +307,7 @@ class StraightforwardPolicy(Policy):
 @pytest.mark.parametrize("settings", [
     {}, {"critic": "separate"}, {"ent_coef": 0.1, "temperature": 0.7},
     {"kl_in": "loss", "kl_estimator": "k2"}])
-@pytest.mark.parametrize("family", [
-    "GPT2", "GPTNeoX", "Llama", "Qwen2", "Qwen3", "Gemma", "Gemma2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_gradient_is_that_of_the_straightforward_computation(family, settings, size):
     torch.manual_seed(0)
     dropout = {f"{x}_pdrop": 0.0 for x in ("attn", "embd", "resid")} if family == "GPT2" else {
