@@ -3,12 +3,14 @@
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/classic.py            # runs what is missing, two at a time, then plots
     python benchmarks/classic.py --plot     # tables and plots from the committed results
+    python benchmarks/classic.py --same     # bit by bit the weights of the first edition?
 
 70 runs of `python ppo_classic.py`, about 100 minutes on 2 cores. Each finished run is written to
 results/classic.json at once, so an interrupted benchmark continues where it stopped. A run's figure
 is the mean return of its last 100 training episodes: noisy actions, running statistics.
 """
 
+import sys
 import tempfile
 from pathlib import Path
 from statistics import mean, stdev
@@ -34,6 +36,23 @@ FLAGS = {
     "MountainCarContinuous-v0": "--total-timesteps 200000 --num-envs 4 --num-steps 512 "
                                 "--gamma 0.999 --ent-coef 0.01",
 }
+
+# Three iterations of both editions, with every option that touches the arithmetic.
+SAME_CARTPOLE = "--total-timesteps 1536"
+SAME_PENDULUM = ("--env-id Pendulum-v1 --num-steps 256 --num-envs 2 --num-minibatches 4 "
+                 "--total-timesteps 1536")
+SAME = [f"{task} {flags}".strip() for task in (SAME_CARTPOLE, SAME_PENDULUM)
+        for flags in ("", "--policy-loss kl-adaptive --kl-target 1e-3", "--policy-loss kl-fixed",
+                      "--policy-loss none")]
+SAME += [f"{SAME_CARTPOLE} --norm-obs True --norm-reward True",
+         f"{SAME_CARTPOLE} --norm-reward True --no-norm-advantages --target-kl 1e-5",
+         f"{SAME_CARTPOLE} --no-orthogonal-init --no-anneal-lr --no-clip-vloss --ent-coef 0.1 "
+         "--max-grad-norm inf",
+         f"{SAME_PENDULUM} --norm-obs False",
+         f"{SAME_PENDULUM} --norm-obs False --norm-reward False",
+         "--env-id Acrobot-v1 --total-timesteps 6144 --num-steps 512 --norm-reward True",
+         *(f"--env-id {env_id} --total-timesteps 6144"
+           for env_id in ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"))]
 
 # Table 1 of the paper: mean over 7 environments of the return, 0 for a random policy, 1 for the
 # best result of any variant.
@@ -123,6 +142,38 @@ def main():
     plot(results)
 
 
+def same_weights(flags):
+    """Whether both editions end with the very same weights and running statistics."""
+    import torch
+
+    agents = []
+    with tempfile.TemporaryDirectory() as folder:
+        first = common.first_edition("ppo_classic.py", folder)
+        for path in (first, common.ROOT / "ppo_classic.py"):
+            name = f"run{len(agents)}"
+            common.run_python(path, *flags.split(), "--output-dir", folder, "--run-name", name,
+                              "--eval-episodes", 0)
+            saved = torch.load(Path(folder, name, "model.pt"), weights_only=False)["agent"]
+            agents.append(dict(sorted((key.replace("policy.logits", "actor").replace(
+                "policy.mean", "actor").replace("policy.log_std", "log_std"), x)
+                for key, x in saved.items())))  # the first edition's names
+    old, new = agents
+    return list(old) == list(new) and all(torch.equal(old[key], new[key]) for key in old)
+
+
+def compare_editions():
+    """Both editions for 3 iterations with each setting of SAME; results/classic.json gets the
+    answers. Raises: SystemExit if one differs."""
+    found = {flags: same_weights(flags) for flags in SAME}
+    machine = common.hardware("torch", "gymnasium", "mujoco", "numpy")
+    common.write_results("classic", common.read_results("classic") | {
+        "same_as_first_edition": {"hardware": machine, "settings": found}})
+    for flags, same in found.items():
+        print("same weights" if same else "OTHER WEIGHTS", "|", flags)
+    if not all(found.values()):
+        raise SystemExit("the editions differ")
+
+
 def pick(results, group, env_id, variant="clip 0.2"):
     """The runs of one cell of a table."""
     return [r for r in results["runs"]
@@ -191,4 +242,4 @@ def plot(results):
 
 
 if __name__ == "__main__":
-    main()
+    compare_editions() if "--same" in sys.argv else main()

@@ -45,6 +45,37 @@ def run_python(*arguments, may_fail=False, threads=1, **options):
     return process
 
 
+def first_edition(file_name, folder):
+    """A file of this repository as it was before it was rewritten, taken from git. Returns: its
+    path in folder."""
+    text = subprocess.run(["git", "show", f"4de10bd:{file_name}"], cwd=ROOT, check=True,
+                          capture_output=True).stdout
+    path = Path(folder, file_name)
+    path.write_bytes(text)
+    return path
+
+
+def trl_trainer(policy_folder, reward_folder, prompts, settings, callbacks=()):
+    """trl's PPOTrainer on the CPU, in float32, with nothing reported or saved; its critic starts
+    from the reward model. prompts: texts; settings: further ones of PPOConfig."""
+    import datasets
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(policy_folder, padding_side="left")
+    policy, reference = (AutoModelForCausalLM.from_pretrained(policy_folder) for _ in range(2))
+    reward_model, critic = (AutoModelForSequenceClassification.from_pretrained(reward_folder)
+                            for _ in range(2))
+    config = PPOConfig(
+        num_mini_batches=4, num_ppo_epochs=4, temperature=1.0, stop_token="eos",
+        num_sample_generations=0, report_to="none", save_strategy="no", logging_strategy="no",
+        use_cpu=True, bf16=False, disable_tqdm=True, gradient_checkpointing=False, **settings)
+    rows = [{"input_ids": tokenizer(prompt)["input_ids"]} for prompt in prompts]
+    return PPOTrainer(args=config, processing_class=tokenizer, model=policy, ref_model=reference,
+                      reward_model=reward_model, value_model=critic, callbacks=list(callbacks),
+                      train_dataset=datasets.Dataset.from_list(rows))
+
+
 def read_results(name):
     """The content of results/NAME.json; empty if there is no such file yet."""
     path = RESULTS / f"{name}.json"

@@ -332,32 +332,15 @@ def run_trl(instance: Path, folder: Path, run: dict) -> tuple[Path, float]:
     """PPOTrainer of trl with the same sizes, epochs, clipping, λ and policy rate. What differs: it
     has one rate for policy and critic, and no gradient clipping. Returns: the folder of its policy,
     and the objective that it reported at its end."""
-    import copy
-
-    import datasets
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
-
-    tokenizer = AutoTokenizer.from_pretrained(instance / "reference")
     rows = [json.loads(x)["prompt"] for x in (instance / "prompts.jsonl").read_text().splitlines()]
-    prompts = [{"input_ids": tokenizer(x)["input_ids"]} for x in rows * 256]
-    policy, reference = (AutoModelForCausalLM.from_pretrained(instance / "reference")
-                         for _ in range(2))
-    reward_model = AutoModelForSequenceClassification.from_pretrained(instance / "reward_model")
-    config = PPOConfig(
-        output_dir=str(folder / "trl"), total_episodes=run["episodes"], num_mini_batches=4,
-        per_device_train_batch_size=256, num_ppo_epochs=4, learning_rate=1e-3, temperature=1.0,
-        lr_scheduler_type="linear", response_length=MAX_LEN, stop_token="eos", gamma=1.0, lam=0.95,
-        missing_eos_penalty=None, kl_coef=run["beta"], whiten_rewards=False, seed=run["seed"],
-        num_sample_generations=0, local_rollout_forward_batch_size=256, report_to="none",
-        save_strategy="no", logging_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True,
-        gradient_checkpointing=False)
-    trainer = PPOTrainer(
-        args=config, processing_class=tokenizer, model=policy, ref_model=reference,
-        reward_model=reward_model, value_model=copy.deepcopy(reward_model),
-        train_dataset=datasets.Dataset.from_list(prompts))
+    trainer = common.trl_trainer(instance / "reference", instance / "reward_model", rows * 256, {
+        "output_dir": str(folder / "trl"), "total_episodes": run["episodes"],
+        "per_device_train_batch_size": 256, "learning_rate": 1e-3, "lr_scheduler_type": "linear",
+        "response_length": MAX_LEN, "gamma": 1.0, "lam": 0.95, "missing_eos_penalty": None,
+        "kl_coef": run["beta"], "whiten_rewards": False, "seed": run["seed"],
+        "local_rollout_forward_batch_size": 256})
     trainer.train()
-    policy.save_pretrained(folder / "trl_policy")
+    trainer.policy_model.save_pretrained(folder / "trl_policy")
     reported = [x["objective/rlhf_reward"] for x in trainer.state.log_history
                 if "objective/rlhf_reward" in x][-10:]
     return folder / "trl_policy", sum(reported) / len(reported)

@@ -3,6 +3,7 @@
     pip install -r requirements.txt
     python benchmarks/planted_bugs.py             # runs what is missing, two at a time
     python benchmarks/planted_bugs.py --table     # the table, from the committed results (.json)
+    python benchmarks/planted_bugs.py --blind     # 30 bugs by somebody who had seen no test
 
 Each bug happened to somebody (the table says where; numbers are issues and pull requests on
 GitHub), is a near relative of one that did, or was planted blind, by a helper that had not seen the
@@ -817,6 +818,20 @@ def table(bugs):
     common.publish("planted_bugs", lines)
 
 
+def blind():
+    """Plant the bugs of results/blind_bugs.json, a list by somebody who had read the two files but
+    no test; each is planted once, on the commit that its row names. Prints and writes a table."""
+    found = common.read_results("blind_bugs")
+    bugs = [bug | {"hint": None, "seen": None} for bug in found["planted"]]
+    rows = common.run_missing("blind_bugs", bugs, ("file", "bug"), plant,
+                              ("torch", "transformers", "gymnasium"), ("caught_by",))["runs"]
+    lines = common.markdown(["file", "bug planted blind", "caught first by", "commit"],
+                            [[x["file"], x["bug"], x["caught_by"] and f"`{x['caught_by']}`",
+                              x["commit"]] for x in rows])
+    lines.append(f"\n{sum(x['caught_by'] is not None for x in rows)} of {len(rows)} caught")
+    common.publish("blind_bugs", lines)
+
+
 def main():
     """Plant what is missing, two at a time, then print the table."""
     results = common.read_results("planted_bugs")
@@ -839,4 +854,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    blind() if "--blind" in sys.argv else main()

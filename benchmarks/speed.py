@@ -11,7 +11,6 @@ the same work on one thread: environments, rollout length, epochs, minibatches, 
 """
 
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -53,12 +52,8 @@ def ours(env_id, path=common.ROOT / "ppo_classic.py"):
 
 def first_edition(env_id):
     """ppo_classic.py as it was before it was rewritten, taken from git."""
-    text = subprocess.run(["git", "show", "4de10bd:ppo_classic.py"], cwd=common.ROOT, check=True,
-                          capture_output=True).stdout
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "ppo_classic.py")
-        path.write_bytes(text)
-        return ours(env_id, path)
+        return ours(env_id, common.first_edition("ppo_classic.py", folder))
 
 
 def stable_baselines3(env_id):

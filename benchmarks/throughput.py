@@ -118,31 +118,17 @@ def run_ours(folder, job, meter):
 def run_trl(folder, job, meter):
     """PPOTrainer; an iteration starts where the one before has ended. Its critic is a model of its
     own in any case."""
-    import datasets
     import transformers
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     class Callback(transformers.TrainerCallback):
         on_train_begin = on_step_end = meter.start
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
-    rows = [json.loads(x) for x in (folder / "prompts.jsonl").read_text().splitlines()]
-    prompts = [{"input_ids": tokenizer(x["prompt"])["input_ids"]} for x in rows]
-    policy, reference = (transformers.AutoModelForCausalLM.from_pretrained(folder / "policy")
-                         for _ in range(2))
-    reward_model, critic = (transformers.AutoModelForSequenceClassification.from_pretrained(
-        folder / "reward_model") for _ in range(2))
-    config = PPOConfig(
-        output_dir=str(folder / "trl"), total_episodes=job["batch"] * (ITERATIONS + 2),
-        per_device_train_batch_size=job["batch"] // 4, gradient_accumulation_steps=4,
-        num_mini_batches=4, num_ppo_epochs=4, response_length=job["response_len"],
-        temperature=1.0, stop_token="eos", missing_eos_penalty=1.0,
-        local_rollout_forward_batch_size=job["batch"] // 4, num_sample_generations=0,
-        report_to="none", save_strategy="no", logging_strategy="no", use_cpu=True, bf16=False,
-        disable_tqdm=True, gradient_checkpointing=False)
-    PPOTrainer(args=config, processing_class=tokenizer, model=policy, ref_model=reference,
-               reward_model=reward_model, value_model=critic, callbacks=[Callback()],
-               train_dataset=datasets.Dataset.from_list(prompts)).train()
+    rows = [json.loads(x)["prompt"] for x in (folder / "prompts.jsonl").read_text().splitlines()]
+    common.trl_trainer(folder / "policy", folder / "reward_model", rows, {
+        "output_dir": str(folder / "trl"), "total_episodes": job["batch"] * (ITERATIONS + 2),
+        "per_device_train_batch_size": job["batch"] // 4, "gradient_accumulation_steps": 4,
+        "response_length": job["response_len"], "missing_eos_penalty": 1.0,
+        "local_rollout_forward_batch_size": job["batch"] // 4}, [Callback()]).train()
     return {}
 
 
