@@ -568,6 +568,14 @@ RLHF = [
     (None, "the times of sampling and scoring change names",
      '("rollout_s", "score_s", "update_s")',
      '("score_s", "rollout_s", "update_s")'),
+    (None, "long answers to messages reach the reward model uncut in training",
+     "        responses = [response if whole else tokenizer.decode(ids)\n"
+     "                     for response, whole, ids in zip(responses, ended, encoded, "
+     "strict=True)]\n",
+     "        responses = list(responses)\n"),
+    (None, "--score-clip clips the reported scores too",
+     "scores = scores.clamp(-args.score_clip, args.score_clip)",
+     "scores = scores.clamp_(-args.score_clip, args.score_clip)"),
 ]
 CLASSIC = [
     (18, "truncated treated as terminated",
@@ -738,6 +746,9 @@ CLASSIC = [
     (None, "every episode is plotted at the end of its rollout",
      'self.writer.add_scalar("charts/episodic_return", episode_return, step)',
      'self.writer.add_scalar("charts/episodic_return", episode_return, envs.steps_done)'),
+    (None, "--no-orthogonal-init does not reach the critic",
+     "self.critic = mlp(obs_size, 1, 1.0, args.orthogonal_init)",
+     "self.critic = mlp(obs_size, 1, 1.0, True)"),
 ]
 FIELDS = ("seen", "bug", "line", "bugged_line")
 BUGS = [{"file": name} | dict(zip(FIELDS, bug, strict=True))

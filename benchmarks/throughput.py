@@ -1,8 +1,8 @@
 """Episodes per second and peak memory of PPO: ppo_rlhf.py and trl's PPOTrainer on the same work.
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
-    python benchmarks/throughput.py            # runs what is missing, one at a time
-    python benchmarks/throughput.py --table    # the table, from the committed results
+    python benchmarks/throughput.py            # runs what is missing, one at a time; 25 minutes
+    python benchmarks/throughput.py --table    # tables and plot from the committed results
 
 Both train the same random GPT-2 (4 layers of width 128) with a reward model of the same shape: 64
 responses per iteration, 4 epochs of 4 steps, 32 + 32 tokens, float32. trl's critic is a model of
@@ -10,6 +10,9 @@ its own; ours is measured as that, and as a value head on the policy. The time i
 between the starts of two iterations, everything counted; the figure is its median.
 Memory is the most that the process holds beyond what it held after loading. Only ratios within one
 round mean something, on a machine that does nothing else.
+
+How the cost grows: our iteration with longer responses, larger batches, larger vocabularies, and
+with responses of which half end before the limit (2 % of the vocabulary then count as EOS).
 
 Limits: reading all weights and the cache once for each token at the rate at which memory is copied;
 the arithmetic of the update at the rate of a large matrix product. Both rates are measured in the
@@ -29,12 +32,15 @@ from statistics import median
 
 import common  # benchmarks/common.py
 
-SHAPE = {"vocab": 512, "batch": 64, "response_len": 32, "critic": "separate"}
+SHAPE = {"vocab": 512, "batch": 64, "response_len": 32, "critic": "separate", "early": False}
+GROWTH = {"response_len": [32, 128, 512], "batch": [16, 64, 256], "early": [False, True],
+          "vocab": [512, 4096, 50_257, 150_000]}
 PROMPT_LEN, ITERATIONS = 32, 4
 
 
-def save_models(folder, vocab):
-    """A random policy, a random reward model, and prompts, as both sides read them."""
+def save_models(folder, vocab, early):
+    """A random policy, a random reward model, and prompts, as both sides read them. early: so many
+    tokens end a response that half of the responses of 32 tokens end before that."""
     import random
 
     import torch
@@ -53,7 +59,10 @@ def save_models(folder, vocab):
     torch.manual_seed(1)
     for name, kind in (("policy", transformers.AutoModelForCausalLM),
                        ("reward_model", transformers.AutoModelForSequenceClassification)):
-        kind.from_config(config).save_pretrained(folder / name)
+        model = kind.from_config(config)
+        if early and name == "policy":
+            model.generation_config.eos_token_id = list(range(1, 2 + round(0.0214 * vocab)))
+        model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     rng = random.Random(1)
     prompts = [" ".join(rng.choices(words[2:], k=PROMPT_LEN)) for _ in range(1024)]
@@ -93,17 +102,26 @@ class Meter:
 
 
 def run_ours(folder, job, meter):
-    """main of ppo_rlhf.py; an iteration starts where it sets the learning rates."""
+    """main of ppo_rlhf.py; an iteration starts where it sets the learning rates. decode_s: seconds
+    that an iteration samples, without the passes that read the responses again."""
     sys.path.insert(0, str(common.ROOT))
     import ppo_rlhf
 
-    set_learning_rates = ppo_rlhf.set_learning_rates
+    set_learning_rates, sample = ppo_rlhf.set_learning_rates, ppo_rlhf.sample_responses
+    seconds = []
 
     def start(*args, **kwargs):
         meter.start()
         set_learning_rates(*args, **kwargs)
 
-    ppo_rlhf.set_learning_rates = start
+    def timed_sample(*args, **kwargs):
+        begin = time.perf_counter()
+        try:
+            return sample(*args, **kwargs)
+        finally:
+            seconds.append(time.perf_counter() - begin)
+
+    ppo_rlhf.set_learning_rates, ppo_rlhf.sample_responses = start, timed_sample
     ppo_rlhf.main(ppo_rlhf.Args(
         dataset=str(folder / "prompts.jsonl"), policy_model=str(folder / "policy"), sft_epochs=0,
         reward_model=str(folder / "reward_model"), eval_prompts=0, critic=job["critic"],
@@ -111,8 +129,11 @@ def run_ours(folder, job, meter):
         minibatch_size=job["batch"] // 4, response_len=job["response_len"],
         max_prompt_len=PROMPT_LEN, output_dir=str(folder), run_name="run", save_interval=1000))
     rows = [json.loads(x) for x in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return {key: round(median(row[f"perf/{key}"] for row in rows[1:]), 3)
-            for key in ("rollout_s", "score_s", "update_s")}
+    split = {key: median(row[f"perf/{key}"] for row in rows[1:])
+             for key in ("rollout_s", "score_s", "update_s")}
+    split["decode_s"] = median(seconds[2:])  # the first samples measure the scores
+    split["mean_response_len"] = median(row["rollout/response_len"] for row in rows)
+    return {key: round(x, 3) for key, x in split.items()}
 
 
 def run_trl(folder, job, meter):
@@ -213,7 +234,7 @@ RUNNERS = {"ours": run_ours, "trl": run_trl}
 def measure(job):
     """One contestant, in this process. Prints its figures as JSON."""
     with tempfile.TemporaryDirectory() as name:
-        save_models(Path(name), job["vocab"])
+        save_models(Path(name), job["vocab"], job["early"])
         if job["who"] == "calls":
             print(json.dumps(count_calls(Path(name), job)))
             return
@@ -237,50 +258,72 @@ def jobs():
                     if (who, critic) != ("trl", "shared"):  # its critic is always separate
                         yield SHAPE | {"vocab": vocab, "critic": critic, "who": who,
                                        "round": number}
-    for change in ({"response_len": 128}, {"response_len": 512}, {"batch": 16}, {"batch": 256},
-                   {"vocab": 4096}, {"vocab": 150_000}):
-        yield SHAPE | change | {"who": "ours", "round": 1}
+    for name, values in GROWTH.items():
+        for value in values:
+            if value not in (SHAPE[name], 50_257):  # those are among the jobs above
+                yield SHAPE | {name: value, "who": "ours", "round": 1}
     for critic in ("separate", "shared"):
         yield SHAPE | {"critic": critic, "who": "calls", "round": 1}
 
 
+def figures(runs, key, **chosen):
+    """One figure of each run that has the chosen settings."""
+    return [x[key] for x in runs if all(x[name] == value for name, value in chosen.items())]
+
+
 def main():
-    """Run what is missing, then the table."""
+    """Run what is missing, then the tables."""
     runs = common.run_missing("throughput", list(jobs()), (*SHAPE, "who", "round"), one_run,
                               ("torch", "transformers", "trl"), ("episodes_per_s", "peak_gb"),
                               at_once=1)["runs"]
-
-    def figures(key, **chosen):
-        return [x[key] for x in runs if all(x[name] == value for name, value in chosen.items())]
-
     rows = []
     for vocab in (512, 50_257):
-        trl = figures("episodes_per_s", who="trl", vocab=vocab)
+        trl = figures(runs, "episodes_per_s", who="trl", vocab=vocab)
         for critic in ("separate", "shared"):
-            same = {"vocab": vocab, "critic": critic, "batch": 64, "response_len": 32}
-            ours = figures("episodes_per_s", who="ours", **same)
+            same = SHAPE | {"vocab": vocab, "critic": critic}
+            ours = figures(runs, "episodes_per_s", who="ours", **same)
             if not (ours and trl):
                 continue
-            peak = median(figures("peak_gb", who="ours", **same))
-            trl_peak = median(figures("peak_gb", who="trl", vocab=vocab))
+            peak = median(figures(runs, "peak_gb", who="ours", **same))
+            trl_peak = median(figures(runs, "peak_gb", who="trl", vocab=vocab))
             ratios = [a / b for a, b in zip(ours, trl, strict=False)]
             rows.append([f"{vocab:,}", critic, f"{median(ours):.2f}", f"{median(trl):.2f}",
                          f"{median(ratios):.2f}", f"{peak:.2f}", f"{trl_peak:.2f}"])
     lines = common.markdown(["vocabulary", "our critic", "ours, episodes/s", "trl", "ratio",
                              "ours, GB above loaded", "trl"], rows)
+    ours = [x for x in runs if x["who"] == "ours"]
     grown = [[*(x[name] for name in SHAPE), x["episodes_per_s"],
-              round(x["episodes_per_s"] * x["response_len"]), x["rollout_s"], x["score_s"],
-              x["update_s"], f"{x['update_limit_s'] / x['update_s']:.0%}", x["decode_limit_s"],
-              x["peak_gb"]] for x in runs if x["who"] == "ours"]
+              round(x["episodes_per_s"] * x["mean_response_len"]), x["rollout_s"], x["score_s"],
+              x["update_s"], f"{x['decode_limit_s'] / x['decode_s']:.0%}",
+              f"{x['update_limit_s'] / x['update_s']:.0%}", x["peak_gb"]] for x in ours]
     lines += ["", *common.markdown(
         [*SHAPE, "episodes/s", "tokens/s", "rollout s", "score s", "update s",
-         "of its limit", "limit of decoding, s", "GB"], grown)]
+         "decoding, of its limit", "update, of its limit", "GB"], grown)]
     calls = [x for x in runs if x["who"] == "calls"]
     if calls:
         keys = "decode_operators", "decode_reads", "step_operators", "step_reads"
         lines += ["", *common.markdown(["critic", *(key.replace("_", ", ") for key in keys)],
                                        [[x["critic"], *(x[key] for key in keys)] for x in calls])]
     common.publish("throughput", lines)
+    plot(ours)
+
+
+def plot(runs):
+    """Seconds of an iteration by what makes it longer; each phase on top of the other."""
+    with common.picture("throughput", 1, len(GROWTH), (13, 3)) as axes:
+        for axis, (name, values) in zip(axes[0], GROWTH.items(), strict=True):
+            bottom = [0.0] * len(values)
+            for phase, colour in (("rollout_s", common.BLUE), ("score_s", common.GREY),
+                                  ("update_s", common.GREEN)):
+                heights = [median(figures(runs, phase, **SHAPE | {name: value}))
+                           for value in values]
+                axis.bar([str(x) for x in values], heights, bottom=bottom, color=colour,
+                         label=phase[:-2])
+                bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
+            axis.set_xlabel({"response_len": "tokens of a response", "batch": "responses",
+                             "early": "half end early", "vocab": "vocabulary"}[name])
+        axes[0, 0].set_ylabel("seconds of an iteration")
+        axes[0, 0].legend()
 
 
 if __name__ == "__main__":

@@ -376,6 +376,13 @@ def test_hidden_layers_start_with_gain_sqrt_2(args):
         assert math.isclose(layer.weight.norm().item(), math.sqrt(2 * size), rel_tol=1e-5)
 
 
+def test_without_orthogonal_init_both_networks_have_the_first_weights_of_pytorch(args):
+    agent, _, _ = make("CartPole-v1", replace(args, orthogonal_init=False))
+    for layer in (agent.actor[0], agent.actor[2], agent.critic[0], agent.critic[2]):
+        limit = layer.in_features**-0.5  # uniform in ± this; orthogonal columns reach beyond it
+        assert 0.9 * limit < layer.weight.abs().max() <= limit
+
+
 # Running statistics -------------------------------------------------------------------------------
 
 

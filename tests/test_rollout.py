@@ -710,6 +710,13 @@ def test_a_score_does_not_depend_on_the_texts_beside_it(family):
     assert torch.allclose(together, torch.cat(alone), atol=1e-5)
 
 
+def test_in_training_answers_to_messages_are_cut_where_the_policy_will_be_cut():
+    reward_model = reward_model_of(tokenizer=marked_tokenizer(), response_len=4)
+    long, short = reward_model.encode([[USER]] * 2, ["a b c d a", "a b c"])
+    assert reward_model.tokenizer.decode(long) == "<user> the plot [END] <bot> a b c d"
+    assert reward_model.tokenizer.decode(short) == "<user> the plot [END] <bot> a b c [END]"
+
+
 def test_in_training_responses_are_cut_where_the_policy_will_be_cut():
     # Of four tokens the last is EOS or, in a longer text, a word: then nothing says that it ended.
     reward_model = reward_model_of(response_len=4)
@@ -845,8 +852,10 @@ def test_scores_are_normalised_by_score():
 
 def test_normalised_scores_are_clipped_before_the_penalty():
     # 2 is clipped to 1.5; 0 stays, and 1 is subtracted for the missing EOS.
-    found = rewards(scored(2.0, 0.0), missing_eos_penalty=1.0, score_clip=1.5)
+    rollout = scored(2.0, 0.0)
+    found = rewards(rollout, missing_eos_penalty=1.0, score_clip=1.5)
     assert found.tolist() == [[0, 1.5, 0], [0, 0, -1]]
+    assert rollout.scores.tolist() == [2.0, 0.0]  # what is reported stays as it was
 
 
 @pytest.mark.parametrize(("score_norm", "scores", "offset", "scale"), [
