@@ -426,7 +426,9 @@ class Policy(nn.Module):
         if temperature != 1:
             logits = logits / temperature
         # PAD gets −1e30 and not −inf, because 0 · −inf in the entropy would be NaN.
-        return logits.index_fill_(-1, self.banned_ids, -1e30)
+        # The gradient is 0 there; by detach, autograd does not copy all logits to know that.
+        logits.detach().index_fill_(-1, self.banned_ids, -1e30)
+        return logits
 
     def forward(self, rows: Rollout, temperature: float) -> list[Tensor]:
         """Read prompts with responses, for the rollout and all losses.
@@ -998,7 +1000,7 @@ class ChunkedLogprobs(torch.autograd.Function):
                 parts.append(logprobs_and_entropy(policy.logits(part, temperature), part_ids))
         logprobs, entropies = map(torch.cat, zip(*parts, strict=True))
         ctx.policy, ctx.temperature = policy, temperature
-        ctx.save_for_backward(states, ids, entropies, *weights)
+        ctx.save_for_backward(states, ids, logprobs, entropies, *weights)
         if policy.args.ent_coef == 0:  # do not spend time on its gradient
             ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
@@ -1006,19 +1008,20 @@ class ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         """Args: gradients by logprobs and entropies. Returns: gradients by states and weights."""
-        (states, ids, entropies, *weights), policy = ctx.saved_tensors, ctx.policy
+        policy, (states, ids, logprobs, entropies, *weights) = ctx.policy, ctx.saved_tensors
+        columns = [x.unsqueeze(1) for x in (ids, logprobs, entropies, *grads)]  # (tokens, 1) each
         states_grads, weights_grads = [], None
         with policy.autocast(), torch.enable_grad():  # autograd turns both off
-            for part, part_ids, H, of_logprobs, of_H in ChunkedLogprobs.chunks(
-                    len(weights[0]), states, ids, *(x.unsqueeze(1) for x in (entropies, *grads))):
+            for part, part_ids, logprob, H, of_logprobs, of_H in ChunkedLogprobs.chunks(
+                    len(weights[0]), states, *columns):
                 part = part.detach().requires_grad_()
                 logits = policy.logits(part, ctx.temperature)
-                with torch.no_grad():
-                    factor = of_logprobs
-                    if policy.args.ent_coef > 0:
-                        factor = of_logprobs + of_H * (logits.log_softmax(-1) + H)
-                    grad = logits.softmax(-1).mul_(-factor)
-                    grad.scatter_add_(1, part_ids.unsqueeze(1), of_logprobs)
+                grad = logits.detach()  # changed in place, to use no further memory
+                grad -= grad.gather(1, part_ids) - logprob  # now log p
+                factor = -of_logprobs
+                if policy.args.ent_coef > 0:
+                    factor = factor - of_H * (grad + H)
+                grad.exp_().mul_(factor).scatter_add_(1, part_ids, of_logprobs)
                 found = torch.autograd.grad(logits, (part, *weights), grad)
                 states_grads.append(found[0])
                 weights_grads = (found[1:] if weights_grads is None else
