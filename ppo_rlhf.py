@@ -3,6 +3,8 @@
     python ppo_rlhf.py                # three stages on the embedded task, some minutes on a CPU
     python ppo_rlhf.py --kl-coef 0    # without the KL term: watch the reward model being hacked
     python ppo_rlhf.py --dataset Anthropic/hh-rlhf --policy-model Qwen/Qwen2.5-0.5B
+    torchrun --nproc-per-node 4 ppo_rlhf.py    # the same on four GPUs
+    python ppo_rlhf.py --resume --run-name X   # go on with a run that was killed
 
 PPO looks for the policy π with the largest J, averaged over prompts x and responses y that π
 samples (InstructGPT, arXiv 2203.02155, eq. 2):
@@ -22,7 +24,7 @@ A response is an episode, a token is an action, the tokens so far are the state.
                    new_: under the policy being updated; ref_: under the frozen reference
     values         the critic's forecast of the rewards to come, made before the token is chosen
     scores         one number per response, from the reward model
-    rewards        one number per token: minus the KL penalty; the score is added at the last token
+    rewards        one number per token: minus the KL penalty, and at the last token plus the score
     response_mask  True on the real tokens of a response, its EOS included
 
 PAD fills the unused columns of a row. Masks are made from lengths, not by looking for PAD, so PAD
@@ -31,12 +33,14 @@ response and is its last real token; a response that is cut at the length limit 
 tokenizer has a BOS, exactly one stands in front of the prompt. Every mean over tokens ignores the
 padding, through a mask.
 
-Part I is RLHF, in reading order. Part II is plumbing: data, files, checks of the settings, logging.
+Part I is RLHF, in reading order. Part II is plumbing: data, files, several processes, checks of the
+settings, logging. With one process, share and gather return what they are given.
 """
 
 import contextlib
 import copy
 import functools
+import gzip
 import inspect
 import itertools
 import json
@@ -45,6 +49,9 @@ import os
 import random
 import re
 import runpy
+import shlex
+import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -53,6 +60,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -70,23 +78,26 @@ class Args:
     dataset: str = "reviews"  # embedded task, or preference data: Hub id, jsonl(.gz), parquet file
     dataset_split: str = "train"  # split of --dataset; slices such as train[:1000] work
     sft_dataset: str | None = None  # demonstrations, instead of the chosen responses of --dataset
-    max_prompt_len: int | None = None  # tokens; longer prompts are cut at the front, BOS stays
-    response_len: int | None = None  # tokens; the longest response, sampled or trained on
+    # tokens; longer prompts are cut at the front, BOS stays [16 for reviews, else at most 512]
+    max_prompt_len: int | None = None
+    response_len: int | None = None  # tokens of the longest response [32 for reviews, else 128]
     eval_prompts: int = 128  # distinct prompts held out for evaluation; 0: no evaluation
     num_comparisons: int = 6000  # reviews only: pairs of SFT samples that the annotator compares
 
     # Models
-    policy_model: str | None = None  # causal language model to start from: Hub id or folder
-    reward_model: str | None = None  # use this classifier with one output and skip stage 2
-    reward_fn: str | None = None  # FILE.py:FUNCTION gives the scores; the file is executed
+    policy_model: str | None = None  # causal language model: Hub id or folder [a small new one]
+    reward_model: tuple[str, ...] = ()  # one classifier, or several as an ensemble; no stage 2
+    reward_fn: str | None = None  # FILE.py:FUNCTION gives the scores; no other file is executed
     sft_epochs: int = 1  # passes over the demonstrations; 0: skip stage 1
-    sft_learning_rate: float | None = None  # peak of stage 1, decays linearly to 0
+    sft_learning_rate: float | None = None  # of stage 1; falls to 0 [3e-3 new, 1e-5 given model]
+    num_reward_models: int = 1  # how many stage 2 trains; several score as an ensemble
+    ensemble_coef: float = 1.0  # an ensemble's score is its mean minus this times its std
     reward_epochs: int = 1  # passes over the comparisons
-    reward_learning_rate: float | None = None  # peak of stage 2, decays linearly to 0
+    reward_learning_rate: float | None = None  # of stage 2; falls to 0 [1e-3 new, 1e-5 given]
     critic: Literal["shared", "separate"] = "shared"  # value head on the policy, or own network
     critic_learning_rate: float | None = None  # of value head and separate critic [10 x policy's]
-    # shift and scale scores so that the SFT policy's have mean 0 and std 1 (sft), only shift them
-    # (center), or neither (none) [trained here: sft; a score for each token: none; else center]
+    # sft: the SFT policy's scores get mean 0 and std 1; center: mean 0; none: raw scores
+    # [sft: trained here or several models; none: a score for each token; else center]
     score_norm: Literal["sft", "center", "none"] | None = None
     ref_update_interval: int = 0  # iterations after which policy becomes reference; 0: never
 
@@ -94,27 +105,28 @@ class Args:
     total_episodes: int = 12_800  # responses in all
     batch_size: int = 128  # responses per iteration: one rollout and one update
     minibatch_size: int = 32  # responses per optimizer step; examples per step in stages 1 and 2
-    microbatch_size: int | None = None  # rows per forward pass; fewer need less memory
+    # rows per forward pass, 4 times as many without gradients [minibatch_size / processes]
+    microbatch_size: int | None = None
     update_epochs: int = 4  # passes over each batch
-    learning_rate: float | None = None  # of the policy in PPO
+    learning_rate: float | None = None  # of the policy in PPO [1e-4 new, 3e-6 given model]
     lr_warmup: int = 0  # iterations of linear warm-up
     anneal_lr: bool = True  # decay the learning rate of PPO linearly to 0
     adam_eps: float | None = None  # Adam's epsilon [1e-5 for a new model, 1e-8 for a given one]
     temperature: float = 1.0  # of the sampler, and of every log-probability in PPO
     gamma: float = 1.0  # discount per token
-    gae_lambda: float = 0.95  # 0: one reward, then the critic; 1: only the sampled rewards
+    gae_lambda: float = 0.95  # 0: one reward plus the next value; 1: only the sampled rewards
     clip_coef: float = 0.2  # the ratio is clipped to 1 ± this
     vf_clip_coef: float = 0.2  # new values are clipped to the old ones ± this, in score units
     vf_coef: float = 0.5  # weight of the value loss (half the squared error)
     ent_coef: float = 0.0  # weight of the entropy bonus, per nat
     max_grad_norm: float = 1.0  # gradients are scaled down to this global norm
     target_kl: float | None = None  # end an update after an epoch with KL(old ‖ new) above this
-    kl_coef: float = 0.05  # weight of the KL to the reference, in score units per nat
+    kl_coef: float = 0.05  # weight of the KL to the reference: score units, or loss, per nat
     kl_in: Literal["reward", "loss"] = "reward"  # subtract it from rewards, or add it to the loss
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # use k1 in the reward, k2 or k3 in the loss
     kl_target: float | None = None  # adapt kl_coef until the KL is this: nats per response
     kl_horizon: int = 10_000  # episodes over which the adaptive kl_coef reacts
-    max_kl: float | None = None  # end PPO above this KL (nats per response); the last save is kept
+    max_kl: float | None = None  # end PPO above this KL: nats per response; the last save counts
     norm_advantages: bool = True  # advantages to mean 0 and std 1 over the tokens of the batch
     whiten_rewards: bool = False  # rewards to std 1 over the batch, their mean unchanged
     score_clip: float | None = None  # normalised scores are clipped to ± this
@@ -127,14 +139,15 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products, except the reward model
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory
     output_dir: str = "runs"  # folder of all runs
-    run_name: str | None = None  # folder of this run; must not exist [data set, seed, time]
-    save_interval: int = 20  # iterations between two saves of policy/, each with two samples shown
+    run_name: str | None = None  # folder of this run, in output_dir [data set, seed, time]
+    resume: bool = False  # go on with the run --run-name after its last checkpoint
+    save_interval: int = 20  # iterations between two checkpoints, each with two samples shown
     eval_interval: int = 0  # iterations between two evaluations; 0: before and after PPO only
 
     @property
     def trains_reward_model(self) -> bool:
         """Whether stage 2 runs."""
-        return self.reward_model is None and self.reward_fn is None
+        return not self.reward_model and self.reward_fn is None
 
 
 # The PPO math: pure functions of tensors ----------------------------------------------------------
@@ -311,12 +324,12 @@ class Rollout:
         column of the fields below                           0    1    2    3    4
         response_mask                                        1    1    1    1    -
         logprobs, values read at sequence column             4    5    6    7    -
-        rewards (kl: kl_coef · KL)                          -kl  -kl  -kl  -kl   -
+        rewards (kl is kl_coef · KL)                        -kl  -kl  -kl  -kl   -
                                                                         + score
 
     Response token t is chosen in the state one column before it. Its log-probability and value are
     read there, so the first value is computed from the prompt alone. The last column is padding:
-    whatever stands there must not enter a mean or a sum. Demonstrations have only three fields."""
+    whatever stands there must not enter a mean or a sum. Demonstrations have the first 3 fields."""
 
     sequence_ids: Tensor  # (batch, seq_len)
     sequence_mask: Tensor  # (batch, seq_len), bool
@@ -327,6 +340,7 @@ class Rollout:
     entropies: Tensor | None = None  # (batch, response_len), nats
     old_values: Tensor | None = None  # (batch, response_len), in units of the normalised score
     scores: Tensor | None = None  # (batch,), or (batch, response_len) if dense; normalised
+    score_stds: Tensor | None = None  # of an ensemble: standard deviation over its models
     rewards: Tensor | None = None  # (batch, response_len)
     advantages: Tensor | None = None  # (batch, response_len)
     returns: Tensor | None = None  # (batch, response_len)
@@ -338,14 +352,18 @@ class Rollout:
         """Some of the rows: idx is a slice or a list of row numbers."""
         return Rollout(*(None if x is None else x[idx] for x in vars(self).values()))
 
+    def to(self, device: str) -> "Rollout":
+        """The same on another device."""
+        return Rollout(*(None if x is None else x.to(device) for x in vars(self).values()))
+
 
 class Policy(nn.Module):
-    """A causal language model, read as a distribution over responses, and its critic.
+    """A causal language model that gives a distribution over responses, and its critic.
 
-    Position ids are made in one place, states; temperature and the ban on PAD in another, logits.
-    So sampler, old, new and reference log-probabilities belong to one distribution. The model's
-    generation config (top-p, repetition penalty) is ignored: the log-probabilities do not include
-    such options, so the sampler must not use them."""
+    Only the method states makes position ids; only the method logits applies the temperature and
+    forbids PAD. So sampler, old, new and reference log-probabilities belong to one distribution.
+    The model's generation config (top-p, repetition penalty) is ignored: the log-probabilities do
+    not include such options, so the sampler must not use them."""
 
     def __init__(self, lm, tokenizer, args: Args):
         super().__init__()
@@ -379,7 +397,8 @@ class Policy(nn.Module):
             encoded = tokenizer(responses, add_special_tokens=False)["input_ids"]
             _, closing = frame(tokenizer, prompts[0])  # what follows any answer: EOS, chat tokens
             closing_ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
-            # Some chat templates close an answer with another EOS than the tokenizer's: use that.
+            # The EOS of a response: the first token after an answer in the chat template if that is
+            # an EOS, else the tokenizer's.
             end = next((x for x in closing_ids[:1] if x in self.eos_ids), tokenizer.eos_token_id)
             banned_ids = self.banned_ids.tolist()  # data may contain the text [PAD]
             response_rows = [[x for x in ids if x not in banned_ids] for ids in encoded]
@@ -426,7 +445,7 @@ class Policy(nn.Module):
         if temperature != 1:
             logits = logits / temperature
         # PAD gets −1e30 and not −inf, because 0 · −inf in the entropy would be NaN.
-        # The gradient is 0 there; by detach, autograd does not copy all logits to know that.
+        # Its gradient is 0 anyway; with detach, autograd does not copy all logits.
         logits.detach().index_fill_(-1, self.banned_ids, -1e30)
         return logits
 
@@ -444,7 +463,7 @@ class Policy(nn.Module):
         ids, mask, token = ids[:, columns], mask[:, columns], prompt_len + column
         # A token is chosen in the state one column before it.
         hidden = self.states(self.lm.base_model, ids, mask)[row, token - 1]  # (tokens, hidden)
-        # logprobs_and_entropy(self.logits(hidden, temperature), ids[row, token]), in less memory.
+        # The numbers of logprobs_and_entropy for these logits and tokens, but in less memory.
         logprobs, entropies = ChunkedLogprobs.apply(self, temperature, hidden, ids[row, token],
                                                     *self.lm.get_output_embeddings().parameters())
         values = torch.zeros_like(logprobs)
@@ -458,15 +477,15 @@ class Policy(nn.Module):
     def add_critic(self, score: "Score") -> None:
         """Add V(state): a linear head on the policy's hidden states, or on a trunk of its own.
 
-        A separate critic starts as a copy of the reward model if both use the same tokens: V is
-        then the normalised score, (raw − offset) / scale, of the text so far (Stiennon 2020,
-        2009.01325). Else it starts as a copy of the policy's trunk, and any other V starts at 0."""
-        trunk, source, weight, bias = self.lm.base_model, score.source, 0.0, 0.0
+        A separate critic starts as a copy of the (first) reward model if both use the same tokens:
+        V is then the normalised score, (raw − offset) / scale, of the text so far (Stiennon 2020,
+        2009.01325). In all other cases V starts at 0, and a trunk is a copy of the policy's."""
+        trunk, weight, bias = self.lm.base_model, 0.0, 0.0
+        source, (offset, scale) = score.sources[0], score.norms[0]
         if self.args.critic == "separate":
             if can_start_critic(source, self):
                 trunk = source.classifier.base_model
-                weight = source.classifier.score.weight / score.scale
-                bias = -score.offset / score.scale
+                weight, bias = source.classifier.score.weight / scale, -offset / scale
             self.trunk = copy.deepcopy(trunk).requires_grad_(True)
         self.value_head = nn.Linear(trunk.config.get_text_config().hidden_size, 1)
         self.value_head.weight.data[:] = weight
@@ -514,14 +533,17 @@ def sample_tokens(policy: Policy, prompts: Rollout, noise: Tensor, temperature: 
 
 
 def sample_responses(policy: Policy, prompts: list, seed: int, args: Args) -> Rollout:
-    """Sample a response to each prompt; drop the columns that no response uses."""
+    """Sample a response to each prompt; drop the columns that no response uses.
+
+    Each process samples its share of the rows; all of them get all rows."""
     encoded = policy.encode(prompts)
-    # Drawn on the CPU and for all rows at once: the noise depends on neither device nor chunks.
+    # Drawn on the CPU and for all rows at once: the noise of a row depends on neither device nor
+    # the number of processes nor the chunk that the row is in.
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(len(prompts), args.response_len, generator=generator).to(args.device)
-    chunks = [split_rows(x, args.batch_size) for x in (encoded, noise)]  # evaluation has many rows
+    chunks = [split_rows(share(x), args.batch_size) for x in (encoded, noise)]
     sampled = join_rows([sample_tokens(policy, rows, u, args.temperature)
-                         for rows, u in zip(*chunks, strict=True)])
+                         for rows, u in zip(*chunks, strict=True)], args.device)
     prompt_len = encoded.sequence_ids.shape[1]
     seq_len = prompt_len + int(sampled.response_mask.sum(dim=1).max())
     ids, mask = sampled.sequence_ids[:, :seq_len], sampled.sequence_mask[:, :seq_len]
@@ -533,14 +555,15 @@ def collect_rollout(
     policy: Policy, reference: Policy, prompts: list, seed: int, args: Args
 ) -> Rollout:
     """Sample a response to each prompt; add log-probabilities (old, ref), entropies, values."""
+    sampled = sample_responses(policy, prompts, seed, args)
     # Without gradients, four times as many rows fit into memory.
-    parts = split_rows(sample_responses(policy, prompts, seed, args), 4 * args.microbatch_size)
+    parts = split_rows(share(sampled), 4 * args.microbatch_size)
     for rows in parts:
         # Old log-probabilities are computed like the new ones in the update, without a cache. The
         # sampler's cache rounds differently: with its numbers the ratio would not start at 1.
         rows.old_logprobs, rows.entropies, rows.old_values = policy(rows, args.temperature)
         rows.ref_logprobs, _, _ = reference(rows, args.temperature)
-    return join_rows(parts)
+    return join_rows(parts, args.device)
 
 
 def compute_advantages(rollout: Rollout, kl_coef: float, args: Args) -> None:
@@ -550,8 +573,9 @@ def compute_advantages(rollout: Rollout, kl_coef: float, args: Args) -> None:
         scores = scores.clamp(-args.score_clip, args.score_clip)
     kl = kl_penalty(rollout.old_logprobs, rollout.ref_logprobs, args.kl_estimator)
     rewards = token_rewards(scores, kl, mask, kl_coef if args.kl_in == "reward" else 0.0)
-    # A response that is cut at the length limit counts as finished, and its score is lowered. Other
-    # codes set its score to −1 (Ziegler, Stiennon).
+    # A response that is cut at the length limit counts as finished, and its score is lowered (with
+    # a KL of 0, token_rewards puts the penalty on its last token). Ziegler and Stiennon instead
+    # replace its score by −1.
     penalty = args.missing_eos_penalty * (~rollout.ended).float()  # (batch,)
     rewards = rewards - token_rewards(penalty, torch.zeros_like(kl), mask, 0.0)
     if args.whiten_rewards:
@@ -614,29 +638,30 @@ def ppo_loss(policy: Policy, rows: Rollout, kl_coef: float, args: Args) -> dict[
 def train_step(model, optimizer, parts: list[tuple], step_name: str, args: Args) -> dict:
     """One optimizer step on the sum of coef · loss over parts (loss_fn, rows, coef).
 
-    PPO has one part, PPO-ptx two. Rows are processed in microbatches that fit into memory. The loss
-    of each is weighted by its share of the terms: a plain mean over microbatches would give tokens
-    of short responses more weight.
+    PPO has one part, PPO-ptx two. Each process takes every n-th row, in microbatches that fit into
+    memory. A term is what a loss averages over: a response token, or a comparison. The loss of a
+    microbatch is weighted by its share of all terms: a plain mean over microbatches would give
+    tokens of short responses more weight.
     Returns: the statistics, means over the terms; for names that end in _max, the maximum.
     Raises: FloatingPointError before the step if a statistic or the gradient is not finite."""
-    stats = {}
+    all_stats, (rank, num_processes) = [], processes()
     model.train()  # gradient checkpointing works in this mode only; dropout is 0 in all models
     for loss_fn, rows, coef in parts:
         num_terms = count_terms(rows)
-        for microbatch in split_rows(rows, args.microbatch_size):
-            share = count_terms(microbatch) / num_terms
+        for microbatch in split_rows(rows[rank::num_processes], args.microbatch_size):
+            weight = count_terms(microbatch) / num_terms
             found = loss_fn(model, microbatch)
-            (coef * share * found["loss"]).backward()
-            for name, value in found.items():
-                if name.endswith("_max"):
-                    stats[name] = torch.maximum(stats.get(name, value), value)
-                else:
-                    weight = coef * share if name == "loss" else share
-                    stats[name] = stats.get(name, 0) + weight * value.detach()
+            found["loss"] = coef * found["loss"]
+            (weight * found["loss"]).backward()
+            all_stats.append({name: x.detach() if name.endswith("_max") else weight * x.detach()
+                                for name, x in found.items()})
     model.eval()
-    stats["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-    numbers = torch.stack(list(stats.values())).tolist()  # one transfer from the device
-    stats = dict(zip(stats, numbers, strict=True))
+    add_up_gradients(model)
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    all_stats.append({"grad_norm": grad_norm / num_processes})  # its sum over processes
+    # One transfer from the device for all statistics.
+    numbers = iter(torch.stack([x for part in all_stats for x in part.values()]).tolist())
+    stats = add_up(gather([{name: next(numbers) for name in part} for part in all_stats]))
     for name, number in stats.items():
         if not math.isfinite(number):
             raise FloatingPointError(f"{step_name}: {name} is {number}; lower the learning rate")
@@ -645,14 +670,17 @@ def train_step(model, optimizer, parts: list[tuple], step_name: str, args: Args)
     return stats
 
 
-def fit(name: str, model, loss_fn: Callable, rows: list, epochs: int, peak: float, log) -> None:
+def fit(
+    name: str, model, loss_fn: Callable, rows: list, epochs: int, peak: float, seed: int, log
+) -> None:
     """Stages 1 and 2: each epoch visits all rows in a new order; the learning rate falls to 0."""
-    args, rng = log.args, random.Random(log.args.seed)
+    args, rng = log.args, random.Random(seed)
     optimizer = torch.optim.Adam([{"params": model.parameters(), "peak": peak}], eps=args.adam_eps,
                                  fused=True)
     minibatches = [idx for _ in range(epochs)
                    for idx in shuffled_minibatches(len(rows), args.minibatch_size, rng)]
-    for step, idx in enumerate(tqdm(minibatches, name, unit="step"), start=1):
+    log.start(name)
+    for step, idx in enumerate(tqdm(minibatches, name, unit="step", disable=log.silent), start=1):
         set_learning_rates(optimizer, step, len(minibatches))
         minibatch = model.collate([rows[i] for i in idx])
         parts = [(loss_fn, minibatch, 1.0)]
@@ -686,7 +714,7 @@ def update_policy(
              if name != "loss" and not name.endswith("_max")}  # "loss" is their weighted sum
     if args.ptx_coef > 0:
         stats["ptx_loss"] = stats.pop("sft_loss")
-    # Before the first step, new and old policy are equal: this ratio has to be 1, but for rounding.
+    # Before the first step, new and old policy are equal: this ratio must be 1 up to rounding.
     stats["ratio_first"] = math.exp(steps[0]["abs_log_ratio_max"])
     stats["ratio_max"] = math.exp(max(step["log_ratio_max"] for step in steps))
     stats["explained_variance"] = explained_variance(rollout.returns, rollout.old_values,
@@ -697,7 +725,8 @@ def update_policy(
 # Scores: a reward model, or a function of yours ---------------------------------------------------
 
 # A source of scores has a method score(rows, responses, tokens, ended): rows of the data (prompts
-# and other columns), responses as texts, their tokens as strings, whether each ended with EOS.
+# and other columns), responses as texts, their tokens as strings, whether each ended with EOS. It
+# returns a list: for each response one number, or (dense scores) one number per token, on the CPU.
 
 
 class RewardModel(nn.Module):
@@ -729,99 +758,135 @@ class RewardModel(nn.Module):
         return self.classifier(input_ids=ids, attention_mask=mask.long()).logits[:, 0].float()
 
     @torch.no_grad()
-    def score(self, rows: list[dict], responses: list, tokens: list, ended: list) -> Tensor:
-        """Raw scores (batch,) of responses."""
+    def score(self, rows: list[dict], responses: list, tokens: list, ended: list) -> list[Tensor]:
+        """Raw scores of responses."""
         columns = ([row["prompt"] for row in rows], responses, ended)
         parts = zip(*(split_rows(x, 4 * self.args.microbatch_size) for x in columns), strict=True)
-        return torch.cat([self(*part) for part in parts])
+        return list(torch.cat([self(*part) for part in parts]).cpu())
 
 
-@dataclass
 class Score:
     """(raw score − offset) / scale, with the SFT policy's mean and std (--score-norm).
 
-    Without this, a constant added to all scores would change the run, because V starts at 0."""
+    Without this, a constant added to all scores would change the run, because V starts at 0.
+    Several sources are an ensemble: each is normalised, and the score is their mean minus
+    ensemble_coef · std. Where the policy exploits an error of one model, the others usually
+    disagree, and the std rises. Source: Coste 2023 (2310.02743), which subtracts the variance."""
 
-    source: "RewardModel | RewardFunction"
-    offset: float = 0.0
-    scale: float = 1.0
+    def __init__(self, sources: list, ensemble_coef: float = 1.0):
+        self.sources, self.ensemble_coef = sources, ensemble_coef
+        self.norms = [(0.0, 1.0) for _ in sources]  # (offset, scale) of each
 
-    def __call__(self, rows: list[dict], responses: list, tokens: list, ended: Tensor) -> Tensor:
-        """Normalised scores of responses: (batch,), or (batch, response_len) if dense."""
-        raw = self.source.score(rows, responses, tokens, ended.tolist())
-        return (raw.to(ended.device) - self.offset) / self.scale
+    def __call__(self, rows: list[dict], responses: list, tokens: list, ended: Tensor):
+        """Returns: the normalised scores, and their standard deviation over the sources (None if
+        there is only one). Both (batch,), or (batch, response_len) if dense."""
+        columns = [share(x) for x in (rows, responses, tokens, ended.tolist())]
+        found = []
+        for source, (offset, scale) in zip(self.sources, self.norms, strict=True):
+            raw = gather(source.score(*columns))
+            dense = raw[0].dim() == 1
+            raw = nn.utils.rnn.pad_sequence(raw, True) if dense else torch.stack(raw)
+            found.append((raw - offset) / scale)
+        found = torch.stack(found).to(ended.device)  # (sources, batch[, response_len])
+        if len(found) == 1:
+            return found[0], None
+        stds = found.std(dim=0, correction=0)
+        return found.mean(dim=0) - self.ensemble_coef * stds, stds
 
     def measure(self, policy: Policy, rows: list[dict], args: Args) -> None:
-        """Measure the scores of SFT responses; set offset and scale."""
+        """Measure the scores of SFT responses; set offset and scale of each source."""
         rollout = sample_responses(policy, [row["prompt"] for row in rows], args.seed, args)
-        scores = self(rows, *policy.decode(rollout), rollout.ended)  # raw: offset 0, scale 1
-        scores = scores.reshape(len(rows), -1).sum(dim=1)  # (batch,); dense scores are summed
-        mean, std = scores.mean().item(), scores.std(correction=0).item()
-        print(f"scores       raw scores of the SFT policy: mean {mean:.3f}, std {std:.3f}")
-        if args.score_norm != "none":
-            self.offset = mean
-        if args.score_norm == "sft" and std > 1e-6:  # equal scores have std 0
-            self.scale = std
+        decoded = policy.decode(rollout)
+        for i, source in enumerate(self.sources):
+            scores, _ = Score([source])(rows, *decoded, rollout.ended)  # raw
+            scores = scores.reshape(len(rows), -1).sum(dim=1)  # (batch,); dense scores are summed
+            mean, std = scores.mean().item(), scores.std(correction=0).item()
+            print(f"scores       of the SFT policy, source {i + 1}: mean {mean:.3f}, std {std:.3f}")
+            self.norms[i] = (mean if args.score_norm != "none" else 0.0,
+                             std if args.score_norm == "sft" and std > 1e-6 else 1.0)
 
 
 # The three stages ---------------------------------------------------------------------------------
 
-# Each stage sets the seed, loads its models from folders and saves its own model in a folder.
+# Each stage sets the seed, loads its models from folders and saves its own model in a folder. With
+# --resume, stages 1 and 2 are skipped if their folder exists; PPO goes on from its last checkpoint.
 
 
-def train_sft(data: "Data", args: Args, log: "RunLog") -> str:
+def train_sft(data: "Data", args: Args, log: "RunLog") -> Path:
     """Stage 1: maximum likelihood on demonstrations. Returns: the folder of the SFT model."""
-    torch.manual_seed(args.seed)
-    policy = load_policy(args.policy_model, args)
-    fit("sft", policy, sft_loss, data.demonstrations, args.sft_epochs, args.sft_learning_rate, log)
-    if data.held_out.demonstrations:
-        nats = held_out_mean(policy, sft_loss, "loss", data.held_out.demonstrations, args)
-        log.result("sft/held_out_perplexity", math.exp(nats))
-    return save_model(log.run_dir / "sft", policy)
+    folder = log.run_dir / "sft"
+    if not folder.exists():
+        torch.manual_seed(args.seed)
+        policy = load_policy(args.policy_model, args)
+        fit("sft", policy, sft_loss, data.demonstrations, args.sft_epochs, args.sft_learning_rate,
+            args.seed, log)
+        if data.held_out.demonstrations:
+            nats = held_out_mean(policy, sft_loss, "loss", data.held_out.demonstrations, args)
+            log.result("sft/held_out_perplexity", math.exp(nats))
+        save_model(folder, policy)
+    return folder
 
 
-def train_reward_model(sft: str, data: "Data", args: Args, log: "RunLog") -> str:
-    """Stage 2: Bradley–Terry on comparisons. Returns: the folder of the reward model."""
-    torch.manual_seed(args.seed)
-    if args.dataset == "reviews":
+def train_reward_models(sft: Path | str, data: "Data", args: Args, log: "RunLog") -> list[Path]:
+    """Stage 2: Bradley–Terry on comparisons. Returns: the folders of the reward models.
+
+    Those of an ensemble differ in their new heads and in the order of the data."""
+    folders = [log.run_dir / ("reward_model" if number == 1 else f"reward_model_{number}")
+               for number in range(1, args.num_reward_models + 1)]
+    if args.dataset == "reviews" and not all(folder.exists() for folder in folders):
         policy = load_policy(sft, args)
         compare_own_samples(policy, data, args.num_comparisons, args)
         if data.held_out.prompts:
             compare_own_samples(policy, data.held_out, 500, args)
-    reward_model = load_reward_model(sft, args, new_head=True)
-    print_example(reward_model, data.comparisons[0]["prompt"], data.comparisons[0]["chosen"])
-    fit("reward_model", reward_model, reward_loss, data.comparisons, args.reward_epochs,
-        args.reward_learning_rate, log)
-    if comparisons := data.held_out.comparisons:
-        share = held_out_mean(reward_model, reward_loss, "accuracy", comparisons, args)
-        log.result("reward_model/held_out_accuracy", share)
-    return save_model(log.run_dir / "reward_model", reward_model)
+    for seed, folder in enumerate(folders, start=args.seed):
+        if folder.exists():
+            continue
+        torch.manual_seed(seed)
+        reward_model = load_reward_model(sft, args, new_head=True)
+        print_example(reward_model, data.comparisons[0]["prompt"], data.comparisons[0]["chosen"])
+        fit(folder.name, reward_model, reward_loss, data.comparisons, args.reward_epochs,
+            args.reward_learning_rate, seed, log)
+        if comparisons := data.held_out.comparisons:
+            accuracy = held_out_mean(reward_model, reward_loss, "accuracy", comparisons, args)
+            log.result(f"{folder.name}/held_out_accuracy", accuracy)
+        save_model(folder, reward_model)
+    return folders
 
 
-def train_ppo(sft: str, score: Score, data: "Data", args: Args, log: "RunLog") -> None:
+def train_ppo(sft: Path | str, score: Score, data: "Data", args: Args, log: "RunLog") -> None:
     """Stage 3: PPO from the SFT model, with a frozen copy of it as the reference."""
     torch.manual_seed(args.seed)
     policy, reference = load_policy(sft, args), load_policy(sft, args)
-    score.measure(policy, prompt_batch(data.prompts, 1, 2 * args.batch_size, args.seed), args)
+    log.start("ppo")
+    saved = log.load_checkpoint()  # None, unless --resume finds one
+    if saved is None:
+        score.measure(policy, prompt_batch(data.prompts, 1, 2 * args.batch_size, args.seed), args)
+    score.norms = saved["score_norms"] if saved else score.norms
     policy.add_critic(score)
     critic = [x for name, x in policy.named_parameters() if not name.startswith("lm.")]
     optimizer = torch.optim.Adam(
         [{"params": list(policy.lm.parameters()), "peak": args.learning_rate},
          {"params": critic, "peak": args.critic_learning_rate}], eps=args.adam_eps, fused=True)
-    kl_coef, num_iterations = args.kl_coef, args.total_episodes // args.batch_size
-    folder = save_model(log.run_dir / "policy", policy)
-    before = evaluate(policy, reference, score, data.held_out, args)
+    kl_coef, done = args.kl_coef, 0
+    learners = {"policy": policy, "reference": reference.lm, "optimizer": optimizer}
+    if saved is None:
+        before = evaluate(policy, reference, score, data.held_out, args)
+    else:
+        for name, learner in learners.items():
+            learner.load_state_dict(saved[name])
+        kl_coef, done, before = saved["kl_coef"], saved["iteration"], saved["before"]
+    save_model(folder := log.run_dir / "policy", policy)
 
-    for iteration in range(1, num_iterations + 1):
+    for iteration in range(done + 1, log.num_iterations + 1):
         times = [now(args.device)]
-        set_learning_rates(optimizer, iteration, num_iterations, args.lr_warmup, args.anneal_lr)
+        set_learning_rates(optimizer, iteration, log.num_iterations, args.lr_warmup,
+                           args.anneal_lr)
         rows = prompt_batch(data.prompts, iteration, args.batch_size, args.seed)
-        prompts = [row["prompt"] for row in rows]
         seed = 1_000_003 * args.seed + iteration  # depends on --seed and iteration only
-        rollout = collect_rollout(policy, reference, prompts, seed, args)
+        rollout = collect_rollout(policy, reference, [row["prompt"] for row in rows], seed, args)
         times.append(now(args.device))
         responses, tokens = policy.decode(rollout)
-        rollout.scores = score(rows, responses, tokens, rollout.ended)
+        rollout.scores, rollout.score_stds = score(rows, responses, tokens, rollout.ended)
         times.append(now(args.device))
         compute_advantages(rollout, kl_coef, args)
         stats = update_policy(policy, optimizer, rollout, kl_coef, data.demonstrations, iteration,
@@ -842,26 +907,33 @@ def train_ppo(sft: str, score: Score, data: "Data", args: Args, log: "RunLog") -
                                        args.kl_horizon)
         if args.ref_update_interval and iteration % args.ref_update_interval == 0:
             reference.lm.load_state_dict(policy.lm.state_dict())
-        if iteration % args.save_interval == 0 or iteration == num_iterations:
+        interrupted = log.interrupted()
+        if iteration % args.save_interval == 0 or iteration == log.num_iterations or interrupted:
             save_model(folder, policy)
+            log.save_checkpoint(learners, iteration=iteration, kl_coef=kl_coef, before=before,
+                                score_norms=score.norms)
+        if interrupted:
+            log.say_how_to_go_on()
 
     # Evaluate what was saved last: if --max-kl ended PPO, that is an earlier policy.
     after = evaluate(load_policy(folder, args), reference, score, data.held_out, args)
     log.before_after(before, after)
+    log.save_checkpoint({}, finished=True)
 
 
 def main(args: Args) -> None:
     """Settings, data, then the three stages."""
-    args = resolve_args(args)
+    start_processes(args)
+    # The run's name contains the time, so all processes take the settings of the first one.
+    args = gather([resolve_args(args)])[0]
     data = load_data(args)
-    score = try_given_models(data, args)  # None if the reward model is still to be trained
-    log = RunLog(args)
-    sft = train_sft(data, args, log) if args.sft_epochs > 0 else args.policy_model
-    if score is None:
-        folder = train_reward_model(sft, data, args, log)
-        score = Score(load_reward_model(folder, args))
-    train_ppo(sft, score, data, args, log)
-    log.writer.close()
+    sources = try_given_models(data, args)  # empty if reward models are still to be trained
+    with contextlib.closing(RunLog(args)) as log:
+        sft = train_sft(data, args, log) if args.sft_epochs > 0 else args.policy_model
+        if not sources:
+            folders = train_reward_models(sft, data, args, log)
+            sources = [load_reward_model(folder, args) for folder in folders]
+        train_ppo(sft, Score(sources, args.ensemble_coef), data, args, log)
 
 
 # ==================================================================================================
@@ -876,8 +948,9 @@ def split_rows(rows, size: int) -> list:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def join_rows(parts: list[Rollout]) -> Rollout:
-    """The inverse of split_rows."""
+def join_rows(parts: list[Rollout], device: str) -> Rollout:
+    """The inverse of split_rows and share: the rows of all processes, in order (via the CPU)."""
+    parts = [part.to(device) for part in gather([part.to("cpu") for part in parts])]
     columns = zip(*(vars(part).values() for part in parts), strict=True)
     return Rollout(*(None if column[0] is None else torch.cat(column) for column in columns))
 
@@ -1012,16 +1085,16 @@ class ChunkedLogprobs(torch.autograd.Function):
         columns = [x.unsqueeze(1) for x in (ids, logprobs, entropies, *grads)]  # (tokens, 1) each
         states_grads, weights_grads = [], None
         with policy.autocast(), torch.enable_grad():  # autograd turns both off
-            for part, part_ids, logprob, H, of_logprobs, of_H in ChunkedLogprobs.chunks(
+            for part, part_ids, logprob, H, grad_logprobs, grad_H in ChunkedLogprobs.chunks(
                     len(weights[0]), states, *columns):
                 part = part.detach().requires_grad_()
                 logits = policy.logits(part, ctx.temperature)
                 grad = logits.detach()  # changed in place, to use no further memory
-                grad -= grad.gather(1, part_ids) - logprob  # now log p
-                factor = -of_logprobs
+                grad -= grad.gather(1, part_ids) - logprob  # logits − their log-sum-exp: log p
+                factor = -grad_logprobs
                 if policy.args.ent_coef > 0:
-                    factor = factor - of_H * (grad + H)
-                grad.exp_().mul_(factor).scatter_add_(1, part_ids, of_logprobs)
+                    factor = factor - grad_H * (grad + H)
+                grad.exp_().mul_(factor).scatter_add_(1, part_ids, grad_logprobs)
                 found = torch.autograd.grad(logits, (part, *weights), grad)
                 states_grads.append(found[0])
                 weights_grads = (found[1:] if weights_grads is None else
@@ -1056,6 +1129,63 @@ class CacheLayer(transformers.cache_utils.DynamicLayer):
         """Drop all rows but those in indices."""
         self.buffers = [buffer[indices] for buffer in self.buffers]
         self.keys, self.values = (x[:, :, : self.keys.shape[2]] for x in self.buffers)
+
+
+# Several processes --------------------------------------------------------------------------------
+
+# torchrun starts this file once per GPU. Every process has all models and all rows of a batch; each
+# samples, scores and trains on its share of the rows, and the results are gathered.
+
+
+def start_processes(args: Args) -> None:
+    """Join the other processes, if torchrun has started this one."""
+    if "LOCAL_RANK" not in os.environ or dist.is_initialized():
+        return
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the first process talks for all
+
+
+def processes() -> tuple[int, int]:
+    """The number of this process, from 0, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(rows):
+    """The rows of a list, a tensor or a Rollout that this process works on."""
+    rank, num_processes = processes()
+    return rows[len(rows) * rank // num_processes : len(rows) * (rank + 1) // num_processes]
+
+
+def gather(items: list) -> list:
+    """The items (on the CPU) of all processes, in the order of their numbers."""
+    if not dist.is_initialized():
+        return items
+    found = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, items)
+    return list(itertools.chain(*found))
+
+
+def add_up_gradients(model: nn.Module) -> None:
+    """Replace each gradient by the sum over all processes."""
+    if dist.is_initialized():
+        for weights in model.parameters():
+            if weights.requires_grad:
+                if weights.grad is None:  # this process had no row
+                    weights.grad = torch.zeros_like(weights)
+                dist.all_reduce(weights.grad)
+
+
+def add_up(found: list[dict]) -> dict:
+    """Sums of statistics of the same name; for names that end in _max, the largest."""
+    stats = {}
+    for name in dict.fromkeys(name for part in found for name in part):
+        values = [part[name] for part in found if name in part]
+        stats[name] = max(values) if name.endswith("_max") else sum(values)
+    return stats
 
 
 # The embedded task: film reviews from a grammar, and a gold reward that only the annotator sees ---
@@ -1203,17 +1333,19 @@ def read_row(row: dict) -> dict | None:
     answers = [x for x in ("chosen", "completion", "messages", "text") if x in row][:1]
     answers += ["rejected"] if answers == ["chosen"] and "rejected" in row else []
     prompt, sides = row.get("prompt"), [row[x] for x in answers]
-    if None in sides or [] in sides or (prompt is None and not sides):
+    kinds = {type(side) for side in sides}
+    if not (kinds <= {str} or kinds == {list}) or [] in sides or (prompt is None and not sides):
+        return None
+    turns = [x for side in (prompt, *sides) if not isinstance(side, str | None) for x in side]
+    if not all(isinstance(x["content"], str) for x in turns):
         return None
     if sides and isinstance(sides[0], list):
         start = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
         sides = [start + side if side[0]["role"] == "assistant" else side for side in sides]
         sides = [[{"role": x["role"], "content": x["content"]} for x in side] for side in sides]
         prompts = [side[:-1] for side in sides]
-        contents = [message["content"] for side in sides for message in side]
         roles = {side[-1]["role"] for side in sides}
-        if prompts != prompts[:1] * len(sides) or [] in prompts or None in contents or (
-                roles != {"assistant"}):
+        if prompts != prompts[:1] * len(sides) or [] in prompts or roles != {"assistant"}:
             return None
         prompt, sides = sides[0][:-1], [side[-1]["content"] for side in sides]
     elif prompt is None and "rejected" in answers:
@@ -1234,13 +1366,22 @@ def read_rows(flag_name: str, name: str, split: str, wanted: list[set]) -> list[
     with refusing(flag_name, f"{name} (split {split})", remedy):
         if Path(name).is_file():
             kind = "parquet" if name.endswith(".parquet") else "json"
+            if ".jsonl" in Path(name).suffixes:  # datasets would name the row of an inner block
+                with gzip.open(name) if name.endswith(".gz") else open(name, "rb") as file:
+                    for number, line in enumerate(file, start=1):
+                        with refusing(flag_name, f"{name}, line {number},", "mend it"):
+                            json.loads(line)
             data = datasets.load_dataset(kind, data_files=name, split=split)
         else:
             data = datasets.load_dataset(name, split=split)
         if not any(columns <= set(data.column_names) for columns in wanted):
             raise ValueError(f"it has columns {', '.join(data.column_names)}; wanted are "
                              + ", or ".join("/".join(sorted(columns)) for columns in wanted))
-        rows = [row for row in map(read_row, data.to_list()) if row is not None]
+        rows = []
+        for row in data.to_list():
+            with contextlib.suppress(AttributeError, KeyError, TypeError):  # of another form
+                rows.append(read_row(row))
+        rows = [row for row in rows if row is not None]
         if not rows:
             raise ValueError("none of its rows can be used")
     print(f"data         {len(rows)} of {len(data)} rows of {name} can be used")
@@ -1321,7 +1462,8 @@ def load_model(flag_name: str, folder, kind: str, args: Args, new_head: bool = F
             if value == "gelu_new":  # GPT-2: the same function, in one step instead of eight
                 setattr(config, name, "gelu_pytorch_tanh")
         model, info = getattr(transformers, f"AutoModel{kind}").from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True)
+            folder, config=config, dtype=torch.float32, output_loading_info=True,
+            use_safetensors=True)  # pickled weights could execute code
         if missing := set(info["missing_keys"]) - ({"score.weight"} if new_head else set()):
             raise ValueError(f"it has no weights for {', '.join(sorted(missing))}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -1337,7 +1479,7 @@ def load_model(flag_name: str, folder, kind: str, args: Args, new_head: bool = F
     return model.to(args.device).eval(), tokenizer
 
 
-def load_policy(folder: str | None, args: Args) -> Policy:
+def load_policy(folder: Path | str | None, args: Args) -> Policy:
     """A policy from a folder or the Hub; without one, a small new model for the embedded task."""
     if folder is None:
         tokenizer = word_tokenizer()
@@ -1371,7 +1513,7 @@ def load_policy(folder: str | None, args: Args) -> Policy:
     return policy
 
 
-def load_reward_model(folder: str, args: Args, new_head: bool = False) -> RewardModel:
+def load_reward_model(folder: Path | str, args: Args, new_head: bool = False) -> RewardModel:
     """Load a frozen reward model or, with new_head, a trainable one from the SFT model."""
     model, tokenizer = load_model("--reward-model", folder, "ForSequenceClassification", args,
                                   new_head)
@@ -1398,8 +1540,8 @@ class RewardFunction:
         self.function = runpy.run_path(path)[function_name]
         self.further = list(inspect.signature(self.function).parameters)[2:]
 
-    def score(self, rows: list[dict], responses: list, tokens: list, ended: list) -> Tensor:
-        """Scores (batch,), or (batch, response_len) if the function returns a list per response."""
+    def score(self, rows: list[dict], responses: list, tokens: list, ended: list) -> list[Tensor]:
+        """Scores of responses: one number each, or one per token if the function returns lists."""
         columns = {name: tokens if name == "tokens" else [row[name] for row in rows]
                    for name in self.further}
         scores = self.function([row["prompt"] for row in rows], responses, **columns)
@@ -1414,7 +1556,7 @@ class RewardFunction:
             if numbers.shape not in ((), (len(strings),)) or not numbers.isfinite().all():
                 raise ValueError(f"it returned {score} for {response!r} of {len(strings)} tokens")
             found.append(numbers)
-        return torch.stack(found) if found[0].dim() == 0 else nn.utils.rnn.pad_sequence(found, True)
+        return found
 
 
 def can_start_critic(source: RewardModel | RewardFunction, policy: Policy) -> bool:
@@ -1443,8 +1585,10 @@ def print_example(reward_model: RewardModel, prompt: str | list[dict], response:
     print(f"reward input {reward_model.tokenizer.decode(ids)!r}")
 
 
-def save_model(folder: Path, model: Policy | RewardModel) -> str:
-    """Write a model and its tokenizer for transformers' Auto classes. Returns: the folder."""
+def save_model(folder: Path, model: Policy | RewardModel) -> None:
+    """Write a model and its tokenizer for transformers' Auto classes.
+
+    They are written beside, then renamed: a folder with this name is complete."""
     tokenizer = model.tokenizer
     weights = model.lm if isinstance(model, Policy) else model.classifier
     if isinstance(model, Policy):
@@ -1453,15 +1597,24 @@ def save_model(folder: Path, model: Policy | RewardModel) -> str:
             do_sample=True, temperature=model.args.temperature, top_k=0, top_p=1.0,
             eos_token_id=model.eos_ids.tolist(), pad_token_id=model.pad_id,
             bos_token_id=tokenizer.bos_token_id, suppress_tokens=model.banned_ids.tolist() or None)
-    weights.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    if processes()[0] == 0:
+        new, old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
+        for rest in (new, old):  # of a run that was killed
+            shutil.rmtree(rest, ignore_errors=True)
+        weights.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    if dist.is_initialized():
+        dist.barrier()  # the others read it
 
 
-def try_given_models(data: Data, args: Args) -> Score | None:
+def try_given_models(data: Data, args: Args) -> list:
     """Load what was given and try it on the data, so that no run fails after hours of training.
 
-    Returns: the given source of scores, or None if stage 2 is to train one."""
+    Returns: the given sources of scores; none if stage 2 is to train them."""
     policy = load_policy(args.policy_model, args)
     tokenizer, prompts = policy.tokenizer, [row["prompt"] for row in data.prompts]
     with refusing("--policy-model", args.policy_model, "give data that its tokenizer accepts"):
@@ -1473,25 +1626,25 @@ def try_given_models(data: Data, args: Args) -> Score | None:
                             for ids in tokenizer(part, add_special_tokens=False)["input_ids"])
     print(f"data         {len(prompts)} prompts, {num_cut} of them cut to {args.max_prompt_len} "
           f"tokens; {len(texts)} responses, {num_cut_texts} of them cut to {args.response_len}")
-    if args.trains_reward_model:
-        return None
     rows = data.prompts[:2]  # there are no responses yet: use the prompts' own text
     responses = [x if isinstance(x, str) else x[-1]["content"] for x in prompts[:2]]
     encoded = policy.encode(prompts[:2], responses)
-    name = "reward_fn" if args.reward_model is None else "reward_model"
-    flag_name = f"--{name.replace('_', '-')}"
-    remedy = "it must give a finite number per response or token"
-    with refusing(flag_name, getattr(args, name), remedy):
-        source = (RewardFunction(args.reward_fn) if args.reward_model is None
-                  else load_reward_model(args.reward_model, args))
-        dense = source.score(rows, *policy.decode(encoded), [True] * len(rows)).dim() == 2
+    sources, dense = [], False
+    for name in args.reward_model or ([args.reward_fn] if args.reward_fn else []):
+        flag_name = "--reward-model" if args.reward_model else "--reward-fn"
+        with refusing(flag_name, name, "it must give a finite number per response or token"):
+            source = (load_reward_model(name, args) if args.reward_model else RewardFunction(name))
+            found = source.score(rows, *policy.decode(encoded), [True] * len(rows))
+            dense = found[0].dim() == 1
+        sources.append(source)
+        if isinstance(source, RewardModel):
+            print_example(source, prompts[0], responses[0])
     if dense and args.score_norm not in (None, "none"):
         refuse(f"{flag(args, 'score_norm')} needs one score per response, and "
                f"{flag(args, 'reward_fn')} returns one per token; use --score-norm none.")
-    args.score_norm = args.score_norm or ("none" if dense else "center")
-    if isinstance(source, RewardModel):
-        print_example(source, prompts[0], responses[0])
-    return Score(source)
+    several = len(sources) > 1  # their scores may have other units
+    args.score_norm = args.score_norm or ("none" if dense else "sft" if several else "center")
+    return sources
 
 
 # Settings -----------------------------------------------------------------------------------------
@@ -1516,20 +1669,25 @@ def refusing(flag_name: str, value, remedy: str):
 # A condition, the condition in words, and the settings that must meet it (or be None).
 RANGES = [
     (lambda x: x >= 1, "1 or more", """response_len max_prompt_len total_episodes batch_size
-        minibatch_size microbatch_size update_epochs kl_horizon save_interval num_comparisons"""),
+        minibatch_size microbatch_size update_epochs kl_horizon save_interval num_comparisons
+        num_reward_models"""),
     (lambda x: 0 < x < math.inf, "above 0", """temperature max_grad_norm target_kl kl_target max_kl
         score_clip clip_coef vf_clip_coef learning_rate critic_learning_rate sft_learning_rate
         reward_learning_rate adam_eps"""),
     (lambda x: 0 <= x < math.inf, "0 or more", """sft_epochs reward_epochs ref_update_interval
         lr_warmup vf_coef ent_coef kl_coef missing_eos_penalty ptx_coef eval_prompts
-        eval_interval"""),
+        eval_interval ensemble_coef"""),
     (lambda x: 0 <= x <= 1, "from 0 to 1", "gamma gae_lambda"),
 ]
 
 
 def flag(args: Args, name: str) -> str:
     """A setting as it is written on the command line."""
-    return f"--{name.replace('_', '-')} {getattr(args, name)}"
+    value = getattr(args, name)
+    value = " ".join(value) if isinstance(value, tuple | list) else value
+    if isinstance(value, bool):
+        return f"--{'' if value else 'no-'}{name.replace('_', '-')}"
+    return f"--{name.replace('_', '-')} {value}"
 
 
 def resolve_args(args: Args) -> Args:
@@ -1552,10 +1710,12 @@ def resolve_args(args: Args) -> Args:
         # Most gradients of a large model are below 1e-5, which would shorten its steps.
         "adam_eps": 1e-5 if scratch else 1e-8,
         "score_norm": "sft" if args.trains_reward_model else None,  # else try_given_models decides
-        "microbatch_size": args.minibatch_size,
-        "run_name": f"{data_name}__{args.seed}__{start}",
+        "microbatch_size": -(-args.minibatch_size // processes()[1]),  # rounded up
+        "run_name": None if args.resume else f"{data_name}__{args.seed}__{start}",
     }
     args = replace(args, **{x: y for x, y in defaults.items() if getattr(args, x) is None})
+    num_processes, output_dir = processes()[1], Path(args.output_dir).resolve()
+    run_dir = Path(output_dir, args.run_name or "").resolve()
     for whole, part in (("total_episodes", "batch_size"), ("batch_size", "minibatch_size")):
         if getattr(args, whole) % getattr(args, part):
             refuse(f"{flag(args, whole)} is not a multiple of {flag(args, part)}; change one.")
@@ -1568,7 +1728,7 @@ def resolve_args(args: Args) -> Args:
          f"{flag(args, 'kl_horizon')} is shorter than a batch; give at least --batch-size."),
         (args.kl_in == "loss" and args.kl_estimator == "k1",
          "--kl-in loss with --kl-estimator k1 has zero gradient in expectation; use k2 or k3."),
-        (args.reward_model is not None and args.reward_fn is not None,
+        (args.reward_model and args.reward_fn is not None,
          f"{flag(args, 'reward_fn')} and {flag(args, 'reward_model')}: drop one of them."),
         (args.sft_epochs == 0 and scratch,
          "--sft-epochs 0 leaves a random policy; give the SFT model as --policy-model."),
@@ -1576,11 +1736,26 @@ def resolve_args(args: Args) -> Args:
          "--reward-epochs 0 leaves a random reward model; give --reward-model or --reward-fn."),
         (args.device == "cuda" and not torch.cuda.is_available(),
          "--device cuda: PyTorch finds no CUDA device; use --device cpu."),
-        (Path(args.output_dir, args.run_name).exists(),
-         f"{flag(args, 'run_name')} exists in {args.output_dir}; choose another name."),
+        (args.num_reward_models > 1 and not args.trains_reward_model,
+         f"{flag(args, 'num_reward_models')} trains them, and a --reward-model or --reward-fn is "
+         "given; drop one of them."),
+        (args.minibatch_size < num_processes or 0 < args.eval_prompts < num_processes,
+         f"{flag(args, 'minibatch_size')} or {flag(args, 'eval_prompts')} is less than the "
+         f"{num_processes} processes; start fewer."),
+        (args.resume and args.run_name is None, "--resume needs the --run-name to go on with."),
+        (args.run_name is not None and output_dir not in run_dir.parents,
+         f"{flag(args, 'run_name')} is not a folder in {args.output_dir}; choose another name."),
+        (run_dir.exists() and not args.resume,
+         f"{flag(args, 'run_name')} exists in {args.output_dir}; choose another, or --resume."),
+        (args.resume and not run_dir.exists(),
+         f"{flag(args, 'run_name')} does not exist in {args.output_dir}; start it without "
+         "--resume."),
     ):
         if contradiction:
             refuse(message)
+    if args.resume and (read_checkpoint(run_dir) or {}).get("finished"):
+        print(f"{flag(args, 'run_name')} is finished")
+        raise SystemExit(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return replace(args, device=device if args.device == "auto" else args.device)
 
@@ -1610,6 +1785,9 @@ def describe(
     }
     columns = {"prompt": [row["prompt"] for row in rows], "response": responses,
                "ended": rollout.ended.tolist(), "score": scores.tolist(), "kl": kl.tolist()}
+    if rollout.score_stds is not None:
+        stds = rollout.score_stds.reshape(len(rows), -1).sum(dim=1)
+        metrics["score_disagreement"] = stds.mean().item()
     if rollout.rewards is not None:
         metrics["rewards_mean"] = masked_mean(rollout.rewards, mask).item()
         columns["total"] = rollout.rewards.sum(dim=1).tolist()
@@ -1625,12 +1803,13 @@ def describe(
 @torch.no_grad()
 def held_out_mean(model, loss_fn: Callable, key: str, rows: list[dict], args: Args) -> float:
     """The mean that loss_fn reports under key, over rows that the model was not trained on."""
-    total = num_terms = 0.0
-    for part in split_rows(rows, args.microbatch_size):
+    found = []
+    for part in split_rows(share(rows), args.microbatch_size):
         microbatch = model.collate(part)
-        total += count_terms(microbatch) * loss_fn(model, microbatch)[key]
-        num_terms += count_terms(microbatch)
-    return float(total / num_terms)
+        num_terms = float(count_terms(microbatch))
+        found.append((num_terms * float(loss_fn(model, microbatch)[key]), num_terms))
+    totals, nums_terms = zip(*gather(found), strict=True)
+    return sum(totals) / sum(nums_terms)
 
 
 def evaluate(
@@ -1642,12 +1821,19 @@ def evaluate(
     prompts = [row["prompt"] for row in held_out.prompts]
     rollout = collect_rollout(policy, reference, prompts, args.seed, args)
     responses, tokens = policy.decode(rollout)
-    rollout.scores = score(held_out.prompts, responses, tokens, rollout.ended)
+    rollout.scores, rollout.score_stds = score(held_out.prompts, responses, tokens, rollout.ended)
     metrics, records = describe(rollout, held_out.prompts, responses, tokens, args)
     if held_out.demonstrations:  # has PPO unlearnt what SFT taught?
         nats = held_out_mean(policy, sft_loss, "loss", held_out.demonstrations, args)
         metrics["perplexity"] = math.exp(nats)
     return metrics, records
+
+
+def sample_text(records: list[dict]) -> str:
+    """Some responses, for the console and for TensorBoard."""
+    return "\n".join(f"      {str(x['prompt'])[-60:]!r} -> {x['response']!r}\n      score "
+                     f"{x['score']:.2f}, KL {x['kl']:.2f} nats, total {x['total']:.2f}"
+                     for x in records)
 
 
 def now(device: str) -> float:
@@ -1657,17 +1843,39 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
+# What --resume may change; the microbatches change rounding only.
+SAFE = {"resume", "save_interval", "eval_interval", "output_dir", "microbatch_size"}
+
+
+def read_checkpoint(run_dir: Path, device: str = "cpu") -> dict | None:
+    """What save_checkpoint has written, or None if there is nothing yet."""
+    path = run_dir / "checkpoint.pt"
+    if not path.exists():
+        return None
+    with refusing("--resume", path, "delete it to start stage 3 again"):
+        return torch.load(path, map_location=device, weights_only=True, mmap=True)
+
+
 class RunLog:
-    """The files of a run: args.json, TensorBoard events, metrics, samples, before and after."""
+    """The files of a run: args.json, checkpoint, TensorBoard events, metrics, samples, before and
+    after. Of several processes only the first one writes; the others are silent."""
 
     def __init__(self, args: Args):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.args, self.run_dir = args, Path(args.output_dir, args.run_name)
-        self.run_dir.mkdir(parents=True)
-        (self.run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
-        self.writer = SummaryWriter(str(self.run_dir))
-        settings = {name: x for name, x in asdict(args).items() if x != getattr(Args, name)}
+        self.args, self.run_dir, self.writer = args, Path(args.output_dir, args.run_name), None
+        self.silent, self.signal, self.handler = processes()[0] > 0, None, None
+        self.history, self.warned = [], False
+        path, settings = self.run_dir / "args.json", json.loads(json.dumps(asdict(args)))
+        if path.exists():
+            first = json.loads(path.read_text())
+            if changed := [name for name in settings if settings[name] != first.get(name)
+                           and name not in SAFE]:
+                refuse(f"--resume: the run was started with other settings; give "
+                       f"{', '.join(flag(Args(**first), name) for name in changed)}.")
+        elif not self.silent:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".tmp").write_text(json.dumps(settings, indent=1))
+            path.with_suffix(".tmp").replace(path)
+        settings = {name: x for name, x in settings.items() if x != getattr(Args, name)}
         print(f"settings     {json.dumps(settings)}")
         self.num_iterations = args.total_episodes // args.batch_size
         num_steps = args.batch_size // args.minibatch_size
@@ -1675,10 +1883,86 @@ class RunLog:
               f"trained on in {args.update_epochs} epochs x {num_steps} steps of "
               f"{args.minibatch_size}, in microbatches of {args.microbatch_size}")
 
-    def scalars(self, values: dict[str, float], step: int) -> None:
+    def start(self, stage: str) -> None:
+        """The curves of a stage go to an event file of its own, instead of that of a killed run."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        if not self.silent:
+            self.close()
+            for path in self.run_dir.glob(f"events.*.{stage}"):
+                path.unlink()
+            self.writer = SummaryWriter(str(self.run_dir), filename_suffix=f".{stage}")
+
+    def close(self) -> None:
+        """Complete the file of curves; Ctrl-C does again what it did before."""
+        if self.writer is not None:
+            self.writer.close()
+        if self.handler is not None:
+            signal.signal(signal.SIGINT, self.handler)
+
+    def load_checkpoint(self) -> dict | None:
+        """The last checkpoint of PPO, or None; what was logged after it is deleted.
+
+        From now on Ctrl-C waits for the end of an iteration."""
+        saved = read_checkpoint(self.run_dir, self.args.device)
+        if not self.silent:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                path, size = self.run_dir / name, saved["sizes"][name] if saved else 0
+                path.touch()
+                if path.stat().st_size < size:
+                    refuse(f"--resume: {path} is shorter than at the last checkpoint; restore it.")
+                os.truncate(path, size)
+            for line in (self.run_dir / "metrics.jsonl").open():
+                row = json.loads(line)
+                scalars = {key: x for key, x in row.items() if "/" in key}
+                self.scalars(scalars, row["episodes"], row["wall_time"])
+            records = [json.loads(line) for line in (self.run_dir / "samples.jsonl").open()]
+            for episodes, group in itertools.groupby(records, lambda record: record["episodes"]):
+                self.writer.add_text("samples", sample_text(group), episodes)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as under nohup
+            self.handler = signal.signal(signal.SIGINT, self.interrupt)
+        return saved
+
+    def save_checkpoint(self, learners: dict, **state) -> None:
+        """Write beside, then rename: at any moment the old file or the new one is complete."""
+        if self.silent:
+            return
+        state |= {name: learner.state_dict() for name, learner in learners.items()}
+        state["sizes"] = {name: (self.run_dir / name).stat().st_size
+                          for name in ("metrics.jsonl", "samples.jsonl")}
+        path = self.run_dir / "checkpoint.pt"
+        with path.with_suffix(".tmp").open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        path.with_suffix(".tmp").replace(path)
+
+    def interrupt(self, number: int, _frame) -> None:
+        """Remember the first Ctrl-C; the second ends the run at once."""
+        self.signal = number
+        if not dist.is_initialized():  # torchrun sends a second one by itself
+            signal.signal(number, signal.default_int_handler)
+
+    def interrupted(self) -> bool:
+        """Whether any process was told to end; then the iteration is saved, and the run ends."""
+        return any(gather([self.signal]))
+
+    def say_how_to_go_on(self) -> NoReturn:
+        """End the run."""
+        words = [x for x in sys.argv if x != "--resume"]
+        name = [] if "--run-name" in words else ["--run-name", self.args.run_name]
+        launcher = "python"
+        if dist.is_initialized():
+            launcher = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+        print(f"ppo          saved; go on with: {launcher} "
+              f"{shlex.join([*words, *name, '--resume'])}")
+        raise SystemExit(130)
+
+    def scalars(self, values: dict[str, float], step: int, wall_time=None) -> None:
         """One point on each curve of TensorBoard."""
-        for key, value in values.items():
-            self.writer.add_scalar(key, value, step)
+        if not self.silent:
+            for key, value in values.items():
+                self.writer.add_scalar(key, value, step, wall_time)
 
     def result(self, key: str, value: float) -> None:
         """Print and log one number."""
@@ -1687,6 +1971,8 @@ class RunLog:
 
     def append(self, file_name: str, records: list[dict]) -> None:
         """Append records to a jsonl file."""
+        if self.silent:
+            return
         with open(self.run_dir / file_name, "a") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
 
@@ -1711,19 +1997,23 @@ class RunLog:
         if args.dtype == "float32" and values["ratio_first"] > 1.001:
             print(f"warning: the ratio starts at {values['ratio_first']}, not 1: old and new "
                   "log-probabilities are computed differently; is the model deterministic?")
+        self.history = [*self.history[-10:], values]
+        if not self.warned and values["kl"] > 10 and len(self.history) > 10 and all(
+                values[name] > self.history[0][name] for name in ("kl", "score_mean")):
+            self.warned = True
+            print("warning: KL (above 10 nats) and score rise together, as they do when a reward "
+                  "model is hacked: read the samples; if they got worse, raise --kl-coef, or set "
+                  "--kl-target or --max-kl")
         if number % args.save_interval == 0:
             self.append("samples.jsonl", [counters | record for record in records[:2]])
-            text = "\n".join(
-                f"      {str(x['prompt'])[-60:]!r} -> {x['response']!r}\n      score "
-                f"{x['score']:.2f}, KL {x['kl']:.2f} nats, total {x['total']:.2f}"
-                for x in records[:2])
-            print(text)
-            self.writer.add_text("samples", text, episodes)
+            print(sample_text(records[:2]))
+            if not self.silent:
+                self.writer.add_text("samples", sample_text(records[:2]), episodes)
 
     def before_after(self, before: tuple, after: tuple) -> None:
         """Print the final table and two examples; write all pairs to a file."""
         (old_metrics, old_records), (new_metrics, new_records) = before, after
-        if not new_records:
+        if self.silent or not new_records:
             return
         key = "gold" if "gold" in new_records[0] else "score"
         pairs = list(zip(old_records, new_records, strict=True))
@@ -1737,6 +2027,7 @@ class RunLog:
             print(f"\nprompt  {old['prompt']}\n  SFT   {old['response']}\n"
                   f"  PPO   {new['response']}")
         records = [{"prompt": old["prompt"], "sft": old, "ppo": new} for old, new in pairs]
+        (self.run_dir / "before_after.jsonl").unlink(missing_ok=True)
         self.append("before_after.jsonl", records)
 
 
@@ -1746,3 +2037,5 @@ if __name__ == "__main__":
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     main(tyro.cli(Args))
+    if dist.is_initialized():
+        dist.destroy_process_group()

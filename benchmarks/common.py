@@ -55,6 +55,24 @@ def first_edition(file_name, folder):
     return path
 
 
+def save_random_models(folder, words, config):
+    """A random policy and a random reward model of one shape, whose tokens are the words."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocab = {word: i for i, word in enumerate(["[PAD]", "[EOS]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[EOS]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="[EOS]")
+    torch.manual_seed(1)
+    for name, kind in (("policy", transformers.AutoModelForCausalLM),
+                       ("reward_model", transformers.AutoModelForSequenceClassification)):
+        kind.from_config(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
 def trl_trainer(policy_folder, reward_folder, prompts, settings, callbacks=()):
     """trl's PPOTrainer on the CPU, in float32, with nothing reported or saved; its critic starts
     from the reward model. prompts: texts; settings: further ones of PPOConfig."""

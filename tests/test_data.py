@@ -112,6 +112,8 @@ def test_conversations_that_differ_in_metadata_alone_are_used():
     {"chosen": [], "rejected": []},
     {"chosen": [USER, GOOD | {"content": None}], "rejected": [USER, BAD]},  # calls a tool
     {"chosen": None, "rejected": None}, {"prompt": None},
+    {"prompt": [USER | {"content": None}]},  # prompts alone have to be texts too
+    {"prompt": [USER | {"content": [{"type": "text", "text": "a"}]}]},
 ])
 def test_rows_without_one_common_prompt_and_two_answers_are_not_used(row):
     assert read(row) is None
@@ -152,11 +154,33 @@ def test_rows_that_cannot_be_used_are_dropped_and_counted(tmp_path, capsys):
     assert f"2 of 4 rows of {path} can be used" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("fine", "broken"), [
+    (PAIR, {"chosen": None}), (PAIR, {"chosen": ["b"]}), (PAIR, {"rejected": None}),
+    ({"chosen": [GOOD], "rejected": [BAD]}, {"chosen": [{"role": "assistant"}]}),
+])
+def test_one_broken_row_among_a_thousand_is_dropped_and_counted(tmp_path, capsys, fine, broken):
+    rows = [{**fine, "prompt": f"a {i}"} for i in range(1000)]
+    rows[500] |= broken
+    path = write(tmp_path / "data.jsonl", rows)
+    assert len(rows_of(path)) == 999
+    assert f"999 of 1000 rows of {path} can be used" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "", "chosen": "good", "rejected": "bad"},
+    {"prompt": "the plot", "chosen": "", "rejected": "bad"},
+    {"prompt": "ein Stück über 日本 🙂", "chosen": "schön\u2028\x00", "rejected": "ß" * 3000},
+])
+def test_rows_with_empty_or_strange_texts_are_used_as_they_are(tmp_path, row):
+    assert rows_of(write(tmp_path / "data.jsonl", [row])) == [row]
+
+
 @pytest.mark.parametrize(("content", "named"), [
     ('{"question": "a", "answer": "b"}', "has columns question, answer"),
     ('{"text": "a", "label": 1}', "has columns text, label"),  # demonstrations, but no prompts
     ('{"chosen": null, "rejected": null}', "no row can be used|none of its rows can be used"),
-    ("", "cannot be used"), ('{"chosen": ', "cannot be used")])
+    ("", "cannot be used"), ('{"chosen": ', "line 1, cannot be used"),
+    (json.dumps(PAIR) + '\n{"chosen": ', "line 2, cannot be used")])
 def test_broken_or_foreign_data_are_refused_by_name(tmp_path, capsys, content, named):
     path = tmp_path / "data.jsonl"
     path.write_text(content)

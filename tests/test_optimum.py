@@ -87,7 +87,7 @@ def test_a_kl_in_the_loss_rests_where_the_expected_gradient_of_its_loss_is_zero(
 def test_ppo_gains_nine_tenths_of_what_can_be_gained(instance, tmp_path):
     args = ppo_rlhf.Args(
         dataset=str(instance / "prompts.jsonl"), policy_model=str(instance / "reference"),
-        reward_model=str(instance / "reward_model"), sft_epochs=0, kl_coef=BETA, response_len=3,
+        reward_model=(str(instance / "reward_model"),), sft_epochs=0, kl_coef=BETA, response_len=3,
         max_prompt_len=4, missing_eos_penalty=0.0, critic="separate", batch_size=256,
         minibatch_size=64, total_episodes=10_240, output_dir=str(tmp_path), run_name="run",
         learning_rate=3e-3, critic_learning_rate=1e-3, save_interval=100, device="cpu",

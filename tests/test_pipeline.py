@@ -42,7 +42,7 @@ from ppo_rlhf import (
     resolve_args,
     reward_loss,
     train_ppo,
-    train_reward_model,
+    train_reward_models,
 )
 
 METRIC_KEYS = """rollout/score_mean rollout/score_std rollout/score_len_corr rollout/kl
@@ -115,6 +115,12 @@ def write_rows(path, rows):
     return str(path)
 
 
+def write_text(path, text):
+    """A file. Returns: its name."""
+    path.write_text(text)
+    return str(path)
+
+
 def read_rows(path):
     """The rows of a jsonl file; none if there is no such file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -135,10 +141,15 @@ def places(folder, pairs_file):
         "texts": write_rows(folder / "texts.jsonl", [{"text": "a b c d"}] * 20),
         "other_columns": write_rows(folder / "columns.jsonl", [{"question": "a", "reply": "b"}]),
         "unusable": write_rows(folder / "unusable.jsonl", [{"prompt": None, "chosen": None}]),
+        "broken_line": write_text(folder / "line.jsonl", json.dumps(pairs[0]) + "\n" +
+                                  json.dumps(pairs[1]) + '\n{"prompt": "a", "chos\n'),
+        "bytes": write_text(folder / "bytes.parquet", "PAR1 and no more"),
+        "broken_file": write_text(folder / "broken.py", "def f(prompts, responses:\n"),
         "empty": write_rows(folder / "empty.jsonl", []),
         "policy": save(folder / "one_layer", lm, make_tokenizer()),
         "other_policy": save(folder / "two_layers", make_lm("GPT2"), make_tokenizer()),
         "reward_model": save(folder / "reward", make_reward_model(), make_tokenizer()),
+        "other_reward_model": save(folder / "reward2", make_reward_model(seed=1), make_tokenizer()),
         "two_outputs": save(folder / "two", make_reward_model(num_labels=2), make_tokenizer()),
         "no_eos": save(folder / "no_eos", make_lm(), make_tokenizer(eos_token=None)),
         "more_tokens": save(folder / "more", make_lm(vocab_size=12), make_tokenizer()),
@@ -209,6 +220,14 @@ def logs_alike(run, other):
     return exact == [pytest.approx(row, rel=1e-3, abs=1e-3) for row in rounded]
 
 
+def curves(run):
+    """The values of all curves of TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run.folder)).Reload()
+    return {key: [x.value for x in events.Scalars(key)] for key in events.Tags()["scalars"]}
+
+
 def weights(folder):
     """The weights of a saved model in one vector."""
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -221,7 +240,7 @@ def weights(folder):
 def test_a_run_leaves_three_models_settings_metrics_samples_answers_and_curves(full):
     names = {x.name.split(".tfevents")[0] for x in full.folder.iterdir()}
     assert names == {"sft", "reward_model", "policy", "args.json", "metrics.jsonl",
-                     "samples.jsonl", "before_after.jsonl", "events.out"}
+                     "samples.jsonl", "before_after.jsonl", "events.out", "checkpoint.pt"}
     assert column(full, "iteration") == [1, 2, 3, 4]
     assert column(full, "episodes") == [8, 16, 24, 32]
     assert len(full.samples) == 4 * 2 and len(full.answers) == 4
@@ -232,6 +251,24 @@ def test_metrics_have_the_keys_of_the_contract_and_a_time(full):
     assert set(rows[0]) == KEYS | {"iteration", "episodes", "wall_time"}
     times = [row["wall_time"] for row in rows]
     assert times == sorted(times)
+
+
+def test_an_ensemble_leaves_a_model_each_that_differ_and_reports_its_disagreement(runs):
+    run = runs(num_reward_models=2)
+    for row in run.metrics:
+        assert row["rollout/score_disagreement"] > 0
+    one, other = (AutoModelForSequenceClassification.from_pretrained(run.folder / name)
+                  for name in ("reward_model", "reward_model_2"))
+    assert (one.score.weight - other.score.weight).abs().max() > 0.1
+    evaluated = runs(num_reward_models=2, total_episodes=32, eval_interval=2)
+    assert evaluated.metrics[1]["eval/score_disagreement"] > 0
+    assert {"reward_model/loss", "reward_model_2/loss"} <= set(curves(run))
+
+
+def test_the_members_of_an_ensemble_see_the_data_in_another_order(runs):
+    run = runs(num_reward_models=2, reward_learning_rate=1e-9)  # so that the losses are comparable
+    one, other = (curves(run)[f"{name}/accuracy"] for name in ("reward_model", "reward_model_2"))
+    assert len(one) == len(other) and one != other
 
 
 def test_ptx_adds_one_key_to_the_metrics(ppo_runs):
@@ -276,7 +313,8 @@ def test_args_json_holds_all_settings_as_resolved(full, args):
     given |= {"total_episodes": 32, "eval_interval": 2, "run_name": full.folder.name}
     derived = {"critic_learning_rate": 0.1, "adam_eps": 1e-8, "microbatch_size": 4,
                "score_norm": "sft"}
-    assert full.args == dict.fromkeys(asdict(args)) | given | derived
+    expected = dict.fromkeys(asdict(args)) | given | derived
+    assert full.args == json.loads(json.dumps(expected))  # tuples become lists
 
 
 def test_the_console_names_the_settings_that_were_derived(full):
@@ -329,7 +367,7 @@ def test_the_total_of_a_sample_is_its_score_minus_the_weighted_kl(ppo_runs):
 
 def test_a_script_prints_only_what_is_ours(args, tmp_path):
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(args).items()
-             if value not in (None, True, False)]
+             if value not in (None, True, False, ())]
     script = Path(sys.modules["ppo_rlhf"].__file__)
     ended = subprocess.run([sys.executable, str(script), *flags, "--run-name=script"],
                            cwd=tmp_path, text=True, capture_output=True)
@@ -726,7 +764,7 @@ def test_the_unit_of_a_reward_model_changes_nothing_for_a_critic_that_starts_fro
     model = make_reward_model()
     model.score.weight.data *= 10
     larger = save(folder / "ten_times_the_reward", model, make_tokenizer())
-    usual, other = (ppo_runs(reward_fn=None, reward_model=x, critic="separate", score_norm="sft")
+    usual, other = (ppo_runs(reward_fn=None, reward_model=(x,), critic="separate", score_norm="sft")
                     for x in (places["reward_model"], larger))
     assert logs_alike(usual, other)
 
@@ -742,7 +780,7 @@ class Spy(Score):
 def test_the_whole_separate_critic_is_trained(full, ppo_args, places):
     args = resolve_args(replace(ppo_args, critic="separate", score_norm="center",
                                 run_name="separate critic"))
-    sft, score = str(full.folder / "sft"), Spy(RewardFunction(f"{places['rewards']}:letters"))
+    sft, score = str(full.folder / "sft"), Spy([RewardFunction(f"{places['rewards']}:letters")])
     train_ppo(sft, score, load_data(args), args, RunLog(args))
     before, after = load_policy(sft, args).lm.base_model, score.policy.trunk
     assert not any(torch.equal(x, y) for x, y in
@@ -762,7 +800,7 @@ def test_score_norm_is_sft_for_a_trained_model_center_for_a_given_one_and_none_i
 ):
     assert full.args["score_norm"] == "sft"
     assert ppo_runs().args["score_norm"] == "center"
-    assert ppo_runs(reward_fn=None, reward_model=places["reward_model"]).args["score_norm"] == (
+    assert ppo_runs(reward_fn=None, reward_model=(places["reward_model"],)).args["score_norm"] == (
         "center")
     assert ppo_runs(reward_fn=f"{places['rewards']}:dense_good").args["score_norm"] == "none"
 
@@ -795,7 +833,7 @@ def test_a_given_reward_model_reads_the_text_through_its_own_tokenizer(
     ppo_args, tmp_path, make, critic
 ):
     reward = save(tmp_path / "reward", make_reward_model(), make())
-    run = start(ppo_args, reward_fn=None, reward_model=reward, critic=critic, score_norm="none",
+    run = start(ppo_args, reward_fn=None, reward_model=(reward,), critic=critic, score_norm="none",
                 eval_prompts=4, eval_interval=2)
     for row in run.answers:
         assert row["sft"]["score"] == pytest.approx(
@@ -846,7 +884,7 @@ def test_gold_is_reported_and_never_trained_on(reviews, review_rows, folder):
     again = {name: reviews.args[name] for name in (
         "max_prompt_len", "response_len", "score_norm", "adam_eps", "output_dir")}
     blind = start(REVIEWS, **again, sft_epochs=0, policy_model=str(reviews.folder / "sft"),
-                  reward_model=str(reviews.folder / "reward_model"),
+                  reward_model=(str(reviews.folder / "reward_model"),),
                   dataset=write_rows(folder / "blind.jsonl", review_rows))
     for row in blind.metrics:
         assert not row.keys() & {"rollout/gold_mean", "rollout/grammatical"}
@@ -862,9 +900,9 @@ def compared(reviews, review_rows, tmp_path_factory):
     data, data.held_out = (SimpleNamespace(prompts=rows, comparisons=[])
                            for rows in (review_rows[:100], review_rows[100:120]))
     args, results = resolve_args(REVIEWS), {}
-    log = SimpleNamespace(args=args, run_dir=folder, result=results.__setitem__,
-                          scalars=lambda *x: None)
-    reward_model = train_reward_model(str(reviews.folder / "sft"), data, args, log)
+    log = SimpleNamespace(args=args, run_dir=folder, result=results.__setitem__, silent=True,
+                          start=print, scalars=lambda *x: None)
+    reward_model, = train_reward_models(reviews.folder / "sft", data, args, log)
     return data, data.held_out, results, load_reward_model(reward_model, args)
 
 
@@ -909,15 +947,24 @@ PPO_CHANGES = {  # against a run of stage 3 alone
     "save_interval": 2, "eval_interval": 1,
 }
 STAGE_CHANGES = {  # against a run of all three stages
-    "sft_dataset": "{texts}", "reward_model": "{reward_model}", "sft_epochs": 2,
+    "sft_dataset": "{texts}", "reward_model": ("{reward_model}",), "sft_epochs": 2,
     "sft_learning_rate": 2e-3, "reward_epochs": 2, "reward_learning_rate": 2e-3,
+    "num_reward_models": 2, "ensemble_coef": 0.0,
 }
 OWN_TESTS = {"microbatch_size", "gradient_checkpointing", "num_comparisons", "device",
-             "output_dir", "run_name"}
+             "output_dir", "run_name", "resume"}
 TOGETHER = {  # what a flag needs beside it to have an effect
     "kl_in": {"kl_estimator": "k2"}, "kl_horizon": {"kl_target": 1.0},
     "max_kl": {"total_episodes": 24}, "eval_interval": {"eval_prompts": 4},
+    "ensemble_coef": {"reward_model": ("{reward_model}", "{other_reward_model}")},
 }
+
+
+def filled(value, places):
+    """A setting with the names of places in it."""
+    if isinstance(value, tuple):
+        return tuple(filled(x, places) for x in value)
+    return value.format(**places) if isinstance(value, str) else value
 
 
 def test_the_tables_of_changes_name_every_flag():
@@ -928,8 +975,8 @@ def test_the_tables_of_changes_name_every_flag():
 def test_changing_a_flag_changes_something_observable(runs, ppo_runs, places, flag):
     make, value = (runs, STAGE_CHANGES[flag]) if flag in STAGE_CHANGES else (
         ppo_runs, PPO_CHANGES[flag])
-    value = value.format(**places) if isinstance(value, str) else value
-    together = TOGETHER.get(flag, {})
+    value = filled(value, places)
+    together = {name: filled(x, places) for name, x in TOGETHER.get(flag, {}).items()}
     before, after = make(**together), make(**together, **{flag: value})
     assert (before.metrics, before.samples, before.answers) != (
         after.metrics, after.samples, after.answers)
@@ -1009,7 +1056,7 @@ def test_a_number_that_is_negative_or_not_a_number_is_refused(args, name, capsys
     ({"kl_in": "loss"}, "--kl-in loss with --kl-estimator k1"),
     ({"kl_target": 1.0, "kl_coef": 0.0}, "--kl-target 1.0"),
     ({"kl_target": 1.0, "kl_horizon": 4}, "--kl-horizon 4"),
-    ({"reward_fn": "{rewards}:letters", "reward_model": "{policy}"}, "--reward-model {policy}"),
+    ({"reward_fn": "{rewards}:letters", "reward_model": ("{policy}",)}, "--reward-model {policy}"),
     ({"reward_fn": "nowhere.py:f"}, "--reward-fn nowhere.py:f"),
     ({"reward_fn": "{rewards}:dense_good", "score_norm": "sft"}, "--score-norm sft"),
     ({"reward_epochs": 0}, "--reward-epochs 0"),
@@ -1033,16 +1080,32 @@ def test_a_number_that_is_negative_or_not_a_number_is_refused(args, name, capsys
     ({"policy_model": "{reward_model}"}, "it is a LlamaForSequenceClassification"),
     ({"policy_model": "{no_eos}"}, "--policy-model {no_eos}"),
     ({"policy_model": "{more_tokens}"}, "its tokenizer has 16 tokens, its embedding 12"),
-    ({"reward_model": "nowhere"}, "--reward-model nowhere"),
-    ({"reward_model": "{policy}"}, "it is a GPT2LMHeadModel"),
-    ({"reward_model": "{two_outputs}"}, "2 outputs"),
+    ({"reward_model": ("nowhere",)}, "--reward-model nowhere"),
+    ({"reward_model": ("{policy}",)}, "it is a GPT2LMHeadModel"),
+    ({"reward_model": ("{two_outputs}",)}, "2 outputs"),
+    ({"reward_model": ("{reward_model}", "nowhere")}, "--reward-model nowhere"),
+    ({"reward_model": ("{reward_model}", "{policy}")}, "--reward-model {policy}"),
+    ({"reward_model": ("{pairs}",)}, "--reward-model {pairs}"),
+    ({"policy_model": "{runs}"}, "--policy-model {runs}"),
+    ({"num_reward_models": 2, "reward_model": ("{reward_model}",)}, "--num-reward-models 2"),
+    ({"num_reward_models": 2, "reward_fn": "{rewards}:letters"}, "--num-reward-models 2"),
+    ({"num_reward_models": 0}, "--num-reward-models 0"),
+    ({"reward_fn": "{rewards}"}, "--reward-fn {rewards}"),
+    ({"reward_fn": "{rewards}:missing"}, "--reward-fn {rewards}:missing"),
+    ({"reward_fn": "{broken_file}:f"}, "--reward-fn {broken_file}:f"),
+    ({"dataset": "{broken_line}"}, "--dataset {broken_line}, line 3, cannot be used"),
+    ({"dataset": "{bytes}"}, "--dataset {bytes}"),
+    ({"sft_dataset": "{broken_line}"}, "--sft-dataset {broken_line}, line 3, cannot be used"),
+    ({"run_name": "../elsewhere"}, "--run-name ../elsewhere is not a folder in"),
+    ({"resume": True}, "--run-name refused does not exist"),
+    ({"resume": True, "run_name": None}, "--resume needs the --run-name"),
 ])
 def test_bad_input_is_refused_in_one_sentence_before_training(
     args, places, changes, named, capsys
 ):
-    changes = {name: value.format(**places) if isinstance(value, str) else value
-               for name, value in changes.items()}
-    assert named.format(**places) in refusal(replace(args, run_name="refused", **changes), capsys)
+    changes = {name: filled(value, places) for name, value in changes.items()}
+    settings = replace(args, **({"run_name": "refused"} | changes))
+    assert named.format(**places) in refusal(settings, capsys)
 
 
 def test_an_existing_run_is_not_overwritten(full, args, capsys):

@@ -4,18 +4,57 @@ Reference: the repository itself and the committed raw results.
 Run: python -m pytest tests/test_readme.py (20 seconds)
 """
 
+import ast
 import json
 import re
+import shlex
 import statistics
 from pathlib import Path
 
 import pytest
+import tyro
 
 import ppo_classic
 import ppo_rlhf
 
 ROOT = Path(ppo_rlhf.__file__).parent
 README = (ROOT / "README.md").read_text()
+LONG = (ROOT / "benchmarks" / "README.md").read_text()  # the long tables
+BOTH = README + LONG
+
+
+def result(name):
+    """The raw results of a benchmark."""
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_it_has_at_most_3000_words_and_lines_of_120_columns():
+    assert len([x for x in README.split() if re.search(r"\w", x)]) <= 3000
+    for text in (README, LONG):
+        long = [x for x in text.splitlines() if len(x) > 120 and not x.startswith("|")]
+        assert not [x for x in long if "`" not in x or len(x) > 130], long
+
+
+def test_the_lines_of_part_1_and_of_the_functions_that_it_counts():
+    path = Path(ppo_rlhf.__file__)
+    lines = path.read_text().splitlines()
+    part_1 = next(i for i, line in enumerate(lines) if line.startswith("# Part II: plumbing")) - 1
+    assert f"Part I of `ppo_rlhf.py` is RLHF: {part_1} lines" in README
+
+    def size(name):
+        """Lines of code of a function, without docstring, comments and checks of shapes."""
+        node = next(x for x in ast.walk(ast.parse("\n".join(lines)))
+                    if isinstance(x, ast.FunctionDef) and x.name == name)
+        found = [lines[i] for x in node.body[1:] for i in range(x.lineno - 1, x.end_lineno)]
+        return len([x for x in found if x.strip() and not x.strip().startswith("#")
+                    and not x.strip().startswith("check_same_shape")])
+
+    four = ["token_rewards", "gae", "policy_loss", "value_loss"]
+    more = ["masked_mean", "masked_whiten", "logprobs_and_entropy", "kl_penalty", "states",
+            "logits", "forward", "sample_tokens", "sample_responses", "collect_rollout",
+            "compute_advantages", "ppo_loss", "train_step", "update_policy", "train_ppo"]
+    said = re.search(r"have (\d+) lines of code.*?it\s+is (\d+)\.", README, re.S)
+    assert [int(x) for x in said.groups()] == [sum(map(size, four)), sum(map(size, four + more))]
 
 
 @pytest.mark.parametrize("module", [ppo_rlhf, ppo_classic])
@@ -34,38 +73,93 @@ def test_functions_and_tests_that_it_names_exist():
 
 
 def test_flags_that_it_names_exist():
-    flags = set(re.findall(r"`--([\w-]+)", README))
-    known = set(vars(ppo_rlhf.Args())) | set(vars(ppo_classic.Args())) | {"logdir"}
+    flags = set(re.findall(r"`--([\w-]+)", BOTH))
+    known = set(vars(ppo_rlhf.Args())) | set(vars(ppo_classic.Args())) | {
+        "logdir", "same", "blind"}
     assert {flag.replace("-", "_").removeprefix("no_") for flag in flags} <= known
 
 
 def test_files_that_it_shows_exist():
     for path in re.findall(r"\]\(([\w/.]+)\)|`(benchmarks/[\w/.]+)`", README):
         assert (ROOT / "".join(path)).exists(), path
+    for path in re.findall(r"\]\(([\w/.]+)\)|`(results/[\w/.]+)`|`(\w+\.py)`", LONG):
+        path = "".join(path)
+        assert (ROOT / "benchmarks" / path).exists() or (ROOT / path).exists(), path
+    for name in re.findall(r"[(`](\w+\.py)`\)", README):
+        assert list(ROOT.glob(f"*/{name}")) or (ROOT / name).exists(), name
+
+
+def commands():
+    """Every call of one of the two files that the README shows, as a list of words."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", BOTH, re.S)).replace("\\\n", " ")
+    found = re.findall(r"(?:python|torchrun --nproc-per-node \d+) (ppo_\w+\.py[^\n&|]*)", blocks)
+    return [shlex.split(x, comments=True) for x in [*found, *re.findall(
+        r"`python (ppo_\w+\.py [^`]*)`", BOTH)]]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_its_commands_have_arguments_that_the_files_know(words):
+    module = {"ppo_rlhf.py": ppo_rlhf, "ppo_classic.py": ppo_classic}[words[0]]
+    tyro.cli(module.Args, args=words[1:])
 
 
 def test_its_reward_functions_do_what_they_say():
     code = {}
     for block in re.findall(r"```python\n(.*?)```", README, re.S):
-        exec(block, code)
+        if "def " in block:
+            exec(block, code)
+    code["ask"] = lambda questions: [str(len(x.splitlines())) for x in questions]
+    assert code["judged"](["p", "q"], ["a", "b"]) == [4.0, 4.0]
     assert code["correct"](["17 + 5 =", "1 + 1 ="], ["It is 22", "3"]) == [1.0, 0.0]
     assert code["filtered"](["p", "p"], ["a b", "awful b"], [["a", "b"], ["awful", "b"]]) == [
         [0.0, 1.0], [-1.0, 0.0]]
 
 
+def test_talking_to_the_policy_takes_three_lines(tmp_path, monkeypatch, capsys):
+    args = ppo_rlhf.resolve_args(ppo_rlhf.Args(device="cpu"))
+    (tmp_path / "runs" / "NAME").mkdir(parents=True)
+    ppo_rlhf.save_model(tmp_path / "runs/NAME/policy", ppo_rlhf.load_policy(None, args))
+    monkeypatch.chdir(tmp_path)
+    block, = (x for x in re.findall(r"```python\n(.*?)```", README, re.S) if "pipeline" in x)
+    exec(block, {})
+    assert len(capsys.readouterr().out.split()) > 1
+
+
 def test_the_table_of_results_is_what_the_raw_results_say():
-    results = json.loads((ROOT / "benchmarks/results/reward_hacking.json").read_text())
+    results = result("reward_hacking")
     assert len(results["runs"]) == 9 and {"cpu", "torch"} <= set(results["hardware"])
     for run in results["runs"]:
         tenth = len(run["episodes"]) // 10
         gold = run["curves"]["rollout/gold_mean"]
         after = sum(gold[-tenth:]) / tenth
         line = f"| {run['kl_coef']:g} | {run['seed']} | {gold[0]:.2f} → {after:.2f} |"
-        assert line.replace("-", "−") in README, line
+        assert line.replace("-", "−") in LONG, line
+        before, after = re.search(r"perplexity +([\d.]+) +([\d.]+)", run["table"]).groups()
+        best = max(gold)
+        ending = f"| {best:.2f}, {run['episodes'][gold.index(best)]:,} | {float(after):.1f} |"
+        assert ending in LONG and f"{float(before):.1f}" == "3.4", ending
+
+
+def test_what_it_says_of_reward_hacking_is_what_the_raw_results_say():
+    found = {}
+    for run in result("reward_hacking")["runs"]:
+        gold = run["curves"]["rollout/gold_mean"]
+        after = float(re.search(r"perplexity +[\d.]+ +([\d.]+)", run["table"])[1])
+        found.setdefault(run["kl_coef"], []).append(
+            (max(gold), run["episodes"][gold.index(max(gold))], sum(gold[-10:]) / 10, after))
+    peaks, places, ends, _ = zip(*found[0.0], strict=True)
+    text = " ".join(README.split())
+    assert f"gold peaks at {min(peaks):.2f} to {max(peaks):.2f} within 1,800" in text
+    assert max(places) <= 1800
+    assert f"It ends at {max(ends):.1f} to {min(ends):.1f}".replace("-", "−") in text
+    for kl_coef, words in ((0.0, "{} to {} after it"), (0.05, "{} to {} with kl_coef 0.05"),
+                           (0.2, "{} to {} with 0.2")):
+        taxes = [x[3] for x in found[kl_coef]]
+        assert words.format(f"{min(taxes):.1f}", f"{max(taxes):.1f}") in text, words
 
 
 def test_the_tables_of_control_tasks_are_what_the_raw_results_say():
-    results = json.loads((ROOT / "benchmarks/results/classic.json").read_text())
+    results = result("classic")
     assert {"cpu", "torch", "gymnasium"} <= set(results["hardware"])
     figures = {}
     for run in results["runs"]:
@@ -74,20 +168,20 @@ def test_the_tables_of_control_tasks_are_what_the_raw_results_say():
         if group == "published":
             assert len(returns) >= 3
             line = f"{statistics.mean(returns):.1f} ± {statistics.stdev(returns):.1f} |"
-            assert f"| {env_id} |" in README and line.replace("-", "−") in README, env_id
+            assert f"| {env_id} |" in LONG and line.replace("-", "−") in LONG, env_id
 
 
 def test_the_table_of_speeds_is_what_the_raw_results_say():
-    rounds = json.loads((ROOT / "benchmarks/results/speed.json").read_text())["rounds"]
+    rounds = result("speed")["rounds"]
     for env_id in ("CartPole-v1", "HalfCheetah-v5"):
         chosen = [x for x in rounds if x["env_id"] == env_id]
         ratio = statistics.median(x["ours"] / x["stable_baselines3"] for x in chosen)
-        line = next(x for x in README.splitlines() if x.startswith(f"| {env_id}, "))
-        assert f"{ratio:.1f} times" in line
+        line = next(x for x in LONG.splitlines() if x.startswith(f"| {env_id}, "))
+        assert f"{ratio:.2f} times" in line
 
 
 def test_the_table_of_optima_is_what_the_raw_results_say():
-    results = json.loads((ROOT / "benchmarks/results/optimum.json").read_text())
+    results = result("optimum")
     assert {"cpu", "torch", "trl"} <= set(results["hardware"])
     for instance in range(1, 6):
         def shares(group, who, instance=instance):
@@ -97,41 +191,64 @@ def test_the_table_of_optima_is_what_the_raw_results_say():
         cells = [f"{statistics.mean(x):.3f} ± {statistics.stdev(x):.3f}" for x in
                  (shares("peers", "trl"), shares("peers", "ours"))]
         cells += [f"{x:.3f}" for x in shares("tuned", "ours") + shares("long", "ours")]
-        assert f"| {instance} | {' | '.join(cells)} |" in README, (instance, cells)
+        assert f"| {instance} | {' | '.join(cells)} |" in LONG, (instance, cells)
 
 
 def test_the_optima_of_the_second_edition_are_what_the_raw_results_say():
-    runs = json.loads((ROOT / "benchmarks/results/optimum.json").read_text())["runs"]
+    runs = result("optimum")["runs"]
     means = [statistics.mean(x["share"] for x in runs if x["group"] == "second edition"
                              and x["instance"] == instance) for instance in (1, 3, 5)]
-    assert "reaches {:.3f}, {:.3f} and {:.3f} on average".format(*means) in README
+    text = " ".join(LONG.split())
+    assert "reaches {:.3f}, {:.3f} and {:.3f} on average".format(*means) in text
+    longest, = [x["share"] for x in runs if x["group"] == "longest"]
+    assert f"With 819,200 episodes it reaches {longest:.3f}" in text
+    assert f"With sixteen times the episodes it is {longest:.3f}" in " ".join(README.split())
 
 
 def test_every_planted_bug_is_caught_and_the_counts_are_right():
-    bugs = json.loads((ROOT / "benchmarks/results/planted_bugs.json").read_text())["bugs"]
+    bugs = result("planted_bugs")["bugs"]
     catchers = {x["caught_by"] for x in bugs}
     assert None not in catchers and len(bugs) >= 40 and len(catchers) >= 25
-    assert f"{len(bugs)} one-line bugs" in README and f"{len(catchers)} different tests" in README
+    for text in (" ".join(README.split()), " ".join(LONG.split())):
+        assert f"{len(bugs)} " in text and f"by {len(catchers)} different tests" in text
+
+
+def test_of_30_bugs_planted_blind_so_many_were_caught_at_first_look():
+    caught = [x["caught_by"] is not None for x in result("blind_bugs")["runs"]]
+    assert len(caught) == 30 and f"{sum(caught)} were caught at first look" in README
+
+
+def test_every_killed_run_ended_the_same_after_resume():
+    runs = result("resume")["runs"]
+    assert len(runs) == 20 and all(x["same"] for x in runs)
+    assert "20 of 20" in README
+
+
+def test_the_tables_of_ensembles_and_of_memory_are_what_the_benchmarks_wrote():
+    for name in ("ensemble", "memory"):
+        table = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text().split("\n\n")[0]
+        assert table.strip() in LONG, name
 
 
 def test_the_table_of_throughput_is_what_the_raw_results_say():
     table = (ROOT / "benchmarks/results/throughput.md").read_text().split("\n\n")[0]
-    assert table.startswith("| vocabulary | our critic |") and table in README
-    runs = json.loads((ROOT / "benchmarks/results/throughput.json").read_text())["runs"]
+    assert table.startswith("| vocabulary | our critic |")
+    assert table in README and table in LONG
+    runs = result("throughput")["runs"]
     trl = [x["episodes_per_s"] for x in runs if (x["who"], x["vocab"]) == ("trl", 512)]
     assert f"| {statistics.median(trl):.2f} |" in table
 
 
 def test_the_count_of_cross_checks_is_right():
-    rows = json.loads((ROOT / "benchmarks/results/cross_checks.json").read_text())["rows"]
+    rows = result("cross_checks")["rows"]
     agree = [x["difference"] < 1e-6 for x in rows]
-    assert f"{sum(agree)} of {len(rows)} quantities" in README
+    assert f"{sum(agree)} of {len(rows)} quantities" in " ".join(README.split())
     assert all(x["reason"] for x in rows if not x["agree"])
 
 
 def test_control_tasks_reach_what_cleanrl_published_within_its_spread():
     """CleanRL's mean minus its standard deviation, on the mean over three seeds."""
-    results = json.loads((ROOT / "benchmarks/results/classic.json").read_text())
+    results = result("classic")
     floors = {"CartPole-v1": 483.9, "Acrobot-v1": -87.7, "HalfCheetah-v4": 1396.6,
               "Hopper-v4": 2111.1, "Walker2d-v4": 1716.2, "InvertedPendulum-v4": 940.9}
     for env_id, floor in floors.items():
@@ -140,7 +257,7 @@ def test_control_tasks_reach_what_cleanrl_published_within_its_spread():
 
 
 def test_the_default_run_meets_its_goals_on_every_seed():
-    results = json.loads((ROOT / "benchmarks/results/reward_hacking.json").read_text())
+    results = result("reward_hacking")
     last = {(run["kl_coef"], run["seed"]): {
         key: sum(curve[-10:]) / 10 for key, curve in run["curves"].items()
     } for run in results["runs"]}

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from conftest import (
@@ -117,7 +118,7 @@ def own_logprobs(lm, prompt, response, temperature=1.0):
 
 def with_value_head(policy):
     """A shared critic that adds up the hidden state, so that values are not all zero."""
-    policy.add_critic(Score(None))
+    policy.add_critic(Score([None]))
     torch.nn.init.ones_(policy.value_head.weight)
     return policy
 
@@ -175,7 +176,9 @@ def test_a_separate_critic_starts_as_the_score_of_the_text_so_far(models, rows, 
     args = Args(gradient_checkpointing=checkpointing, max_prompt_len=8, device="cpu",
                 critic="separate", **ROWS)
     policy, reward_model = load_policy(models[0], args), load_reward_model(models[1], args)
-    policy.add_critic(Score(reward_model, offset=0.5, scale=2.0))
+    score = Score([reward_model])
+    score.norms = [(0.5, 2.0)]  # offset and scale
+    policy.add_critic(score)
     _, _, values = policy.train(checkpointing)(rows, 1.0)
     for i in range(3):
         prompt, response = real_ids(rows, i)
@@ -189,7 +192,7 @@ def test_a_separate_critic_starts_as_the_score_of_the_text_so_far(models, rows, 
 def test_a_separate_critic_without_a_reward_model_starts_from_the_policys_trunk(rows, family):
     policy = make_policy(make_lm(family), critic="separate", **ROWS)
     shared = with_value_head(make_policy(policy.lm, **ROWS))
-    policy.add_critic(Score(None))
+    policy.add_critic(Score([None]))
     torch.nn.init.ones_(policy.value_head.weight)
     assert torch.allclose(policy(rows, 1.0)[2], shared(rows, 1.0)[2], atol=1e-5)
 
@@ -198,7 +201,7 @@ def test_a_separate_critic_without_a_reward_model_starts_from_the_policys_trunk(
 def test_a_separate_critic_has_the_width_of_its_reward_model(rows, width):
     policy = make_policy(critic="separate")
     reward_model = reward_model_of(make_reward_model(hidden_size=width))
-    policy.add_critic(Score(reward_model))
+    policy.add_critic(Score([reward_model]))
     prompt = real_ids(rows, 0)[0]
     score = reward_model.classifier(prompt[None]).logits[0, 0]
     assert abs(policy(rows, 1.0)[2][0, 0] - score) < 1e-5
@@ -206,7 +209,7 @@ def test_a_separate_critic_has_the_width_of_its_reward_model(rows, width):
 
 def test_a_critic_does_not_start_from_a_reward_model_that_is_too_short_for_the_rows(rows):
     policy = make_policy(make_lm("GPT2"), critic="separate")
-    policy.add_critic(Score(reward_model_of(make_reward_model("GPT2", n_positions=4))))
+    policy.add_critic(Score([reward_model_of(make_reward_model("GPT2", n_positions=4))]))
     assert (policy(rows, 1.0)[2] == 0).all()  # as from the policy's own trunk
 
 
@@ -644,7 +647,7 @@ def test_a_run_shows_how_the_reward_model_reads_an_answer(tiny_args, tmp_path, c
     answer = {"role": "assistant", "content": "was good"}
     row = json.dumps({"chosen": [USER, answer], "rejected": [USER, answer]})
     (tmp_path / "chat.jsonl").write_text("\n".join([row] * 8))
-    run(tiny_args, dataset=str(tmp_path / "chat.jsonl"), eval_prompts=0, reward_model=folder,
+    run(tiny_args, dataset=str(tmp_path / "chat.jsonl"), eval_prompts=0, reward_model=(folder,),
         save_interval=100, max_prompt_len=16)
     assert "<user> the plot [END] <bot>" in capsys.readouterr().out
 
@@ -778,6 +781,14 @@ def test_a_policy_that_shares_its_embedding_with_its_head_misses_nothing(tmp_pat
     assert lm.lm_head.weight is lm.model.embed_tokens.weight
 
 
+def test_pickled_weights_are_refused(tmp_path, capsys):
+    save(tmp_path, make_lm(), make_tokenizer())
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    assert "safetensors" in refusal(capsys, load_policy, tmp_path)
+
+
 def test_a_language_model_is_refused_as_reward_model_and_the_other_way_round(tmp_path, capsys):
     save(tmp_path / "lm", make_lm(), make_tokenizer())
     save(tmp_path / "rm", make_reward_model(), make_tokenizer())
@@ -825,7 +836,7 @@ class Numbers:
 
     def score(self, rows, responses, tokens, ended):
         """The first scores, as many as there are rows."""
-        return self.scores[: len(rows)]
+        return list(self.scores[: len(rows)])
 
 
 def scored(*scores):
@@ -846,8 +857,25 @@ def test_the_penalty_for_a_missing_eos_stands_at_the_last_token_of_a_cut_respons
 
 
 def test_scores_are_normalised_by_score():
-    score = Score(Numbers(8.0, 2.0), offset=2.0, scale=3.0)
-    assert score([{}, {}], [], [], torch.ones(2)).tolist() == [2.0, 0.0]
+    score = Score([Numbers(8.0, 2.0)])
+    score.norms = [(2.0, 3.0)]  # offset and scale
+    scores, disagreement = score([{}, {}], [], [], torch.ones(2))
+    assert scores.tolist() == [2.0, 0.0] and disagreement is None
+
+
+def test_an_ensemble_scores_the_mean_minus_coef_times_the_standard_deviation():
+    score = Score([Numbers(1.0, 10.0), Numbers(3.0, 20.0)], ensemble_coef=0.5)
+    scores, disagreement = score([{}, {}], [], [], torch.ones(2))
+    assert disagreement.tolist() == [1.0, 5.0] and scores.tolist() == [1.5, 12.5]
+
+
+def test_each_member_of_an_ensemble_is_normalised_by_itself():
+    policy, score = chain(ENDINGS, score_norm="sft"), Score([Numbers(1.0, 5.0), Numbers(30., 10.)])
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+    score.measure(policy, rows, policy.args)
+    assert score.norms == [pytest.approx((3.0, 2.0)), pytest.approx((20.0, 10.0))]
+    scores, disagreement = score(rows, [], [], torch.ones(2))  # -1 and 1 against 1 and -1
+    assert disagreement.tolist() == [1.0, 1.0] and scores.tolist() == [-1.0, -1.0]
 
 
 def test_normalised_scores_are_clipped_before_the_penalty():
@@ -863,9 +891,9 @@ def test_normalised_scores_are_clipped_before_the_penalty():
     ("sft", [4.0, 4.0], 4.0, 1.0),  # a sparse reward that is the same everywhere is only shifted
 ])
 def test_score_norm_is_measured_on_responses_of_the_policy(score_norm, scores, offset, scale):
-    policy, score = chain(ENDINGS, score_norm=score_norm), Score(Numbers(*scores))
+    policy, score = chain(ENDINGS, score_norm=score_norm), Score([Numbers(*scores)])
     score.measure(policy, [{"prompt": "a"}, {"prompt": "b"}], policy.args)
-    assert (score.offset, score.scale) == pytest.approx((offset, scale))
+    assert score.norms[0] == pytest.approx((offset, scale))
 
 
 def test_a_kl_in_the_reward_is_subtracted_at_every_token():
