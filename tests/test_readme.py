@@ -31,8 +31,7 @@ def result(name):
 def test_it_has_at_most_3000_words_and_lines_of_120_columns():
     assert len([x for x in README.split() if re.search(r"\w", x)]) <= 3000
     for text in (README, LONG):
-        long = [x for x in text.splitlines() if len(x) > 120 and not x.startswith("|")]
-        assert not [x for x in long if "`" not in x or len(x) > 130], long
+        assert not [x for x in text.splitlines() if len(x) > 120 and not x.startswith("|")]
 
 
 def test_the_lines_of_part_1_and_of_the_functions_that_it_counts():
@@ -215,7 +214,8 @@ def test_every_planted_bug_is_caught_and_the_counts_are_right():
 
 def test_of_30_bugs_planted_blind_so_many_were_caught_at_first_look():
     caught = [x["caught_by"] is not None for x in result("blind_bugs")["runs"]]
-    assert len(caught) == 30 and f"{sum(caught)} were caught at first look" in README
+    assert len(caught) == 30
+    assert f"{sum(caught)} were caught at first look" in " ".join(README.split())
 
 
 def test_every_killed_run_ended_the_same_after_resume():
