@@ -949,8 +949,9 @@ def split_rows(rows, size: int) -> list:
 
 
 def join_rows(parts: list[Rollout], device: str) -> Rollout:
-    """The inverse of split_rows and share: the rows of all processes, in order (via the CPU)."""
-    parts = [part.to(device) for part in gather([part.to("cpu") for part in parts])]
+    """The inverse of split_rows and share: the rows of all processes, in order."""
+    if dist.is_initialized():
+        parts = [part.to(device) for part in gather([part.to("cpu") for part in parts])]
     columns = zip(*(vars(part).values() for part in parts), strict=True)
     return Rollout(*(None if column[0] is None else torch.cat(column) for column in columns))
 
@@ -1875,7 +1876,7 @@ class RunLog:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             path.with_suffix(".tmp").write_text(json.dumps(settings, indent=1))
             path.with_suffix(".tmp").replace(path)
-        settings = {name: x for name, x in settings.items() if x != getattr(Args, name)}
+        settings = {name: x for name, x in asdict(args).items() if x != getattr(Args, name)}
         print(f"settings     {json.dumps(settings)}")
         self.num_iterations = args.total_episodes // args.batch_size
         num_steps = args.batch_size // args.minibatch_size
@@ -1948,7 +1949,7 @@ class RunLog:
         return any(gather([self.signal]))
 
     def say_how_to_go_on(self) -> NoReturn:
-        """End the run."""
+        """Print the command that continues the run, and end it."""
         words = [x for x in sys.argv if x != "--resume"]
         name = [] if "--run-name" in words else ["--run-name", self.args.run_name]
         launcher = "python"
