@@ -78,8 +78,7 @@ class Args:
     dataset: str = "reviews"  # embedded task, or preference data: Hub id, jsonl(.gz), parquet file
     dataset_split: str = "train"  # split of --dataset; slices such as train[:1000] work
     sft_dataset: str | None = None  # demonstrations, instead of the chosen responses of --dataset
-    # tokens; longer prompts are cut at the front, BOS stays [16 for reviews, else at most 512]
-    max_prompt_len: int | None = None
+    max_prompt_len: int | None = None  # a prompt's last tokens are used [16 reviews, else <= 512]
     response_len: int | None = None  # tokens of the longest response [32 for reviews, else 128]
     eval_prompts: int = 128  # distinct prompts held out for evaluation; 0: no evaluation
     num_comparisons: int = 6000  # reviews only: pairs of SFT samples that the annotator compares
@@ -105,8 +104,7 @@ class Args:
     total_episodes: int = 12_800  # responses in all
     batch_size: int = 128  # responses per iteration: one rollout and one update
     minibatch_size: int = 32  # responses per optimizer step; examples per step in stages 1 and 2
-    # rows per forward pass, 4 times as many without gradients [minibatch_size / processes]
-    microbatch_size: int | None = None
+    microbatch_size: int | None = None  # rows in a forward pass [minibatch_size / processes]
     update_epochs: int = 4  # passes over each batch
     learning_rate: float | None = None  # of the policy in PPO [1e-4 new, 3e-6 given model]
     lr_warmup: int = 0  # iterations of linear warm-up
@@ -143,11 +141,6 @@ class Args:
     resume: bool = False  # go on with the run --run-name after its last checkpoint
     save_interval: int = 20  # iterations between two checkpoints, each with two samples shown
     eval_interval: int = 0  # iterations between two evaluations; 0: before and after PPO only
-
-    @property
-    def trains_reward_model(self) -> bool:
-        """Whether stage 2 runs."""
-        return not self.reward_model and self.reward_fn is None
 
 
 # The PPO math: pure functions of tensors ----------------------------------------------------------
@@ -352,10 +345,6 @@ class Rollout:
         """Some of the rows: idx is a slice or a list of row numbers."""
         return Rollout(*(None if x is None else x[idx] for x in vars(self).values()))
 
-    def to(self, device: str) -> "Rollout":
-        """The same on another device."""
-        return Rollout(*(None if x is None else x.to(device) for x in vars(self).values()))
-
 
 class Policy(nn.Module):
     """A causal language model that gives a distribution over responses, and its critic.
@@ -395,11 +384,10 @@ class Policy(nn.Module):
         response_rows = [[] for _ in prompts]
         if responses is not None:
             encoded = tokenizer(responses, add_special_tokens=False)["input_ids"]
-            _, closing = frame(tokenizer, prompts[0])  # what follows any answer: EOS, chat tokens
-            closing_ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
             # The EOS of a response: the first token after an answer in the chat template if that is
             # an EOS, else the tokenizer's.
-            end = next((x for x in closing_ids[:1] if x in self.eos_ids), tokenizer.eos_token_id)
+            first = closing_ids(tokenizer, prompts[0])[:1]
+            end = next((x for x in first if x in self.eos_ids), tokenizer.eos_token_id)
             banned_ids = self.banned_ids.tolist()  # data may contain the text [PAD]
             response_rows = [[x for x in ids if x not in banned_ids] for ids in encoded]
             response_rows = [[*ids, end][: args.response_len] for ids in response_rows]
@@ -740,20 +728,12 @@ class RewardModel(nn.Module):
         """Comparisons stay text; forward encodes them."""
         return rows
 
-    def encode(self, prompts: list, responses: list[str], ended: list | None = None) -> list:
-        """Token ids of prompts with responses, cut at the front where they exceed the context.
-
-        Without ended, for comparisons, responses are cut at the policy's length limit."""
-        context = context_len(self)
-        rows = encode_pairs(self.tokenizer, prompts, responses, ended, self.args.response_len)
-        return [cut_front(self.tokenizer, ids, context) for ids in rows]
-
     def forward(self, prompts: list, responses: list[str], ended: list | None = None) -> Tensor:
-        """Raw scores (rows,).
+        """Raw scores (rows,). Without ended, responses are cut at the policy's length limit.
 
         The classifier itself decides where to read the score (causal models: at the last token that
         is not PAD), so that the saved model gives the same scores elsewhere."""
-        ids, mask = pad_rows(self.encode(prompts, responses, ended),
+        ids, mask = pad_rows(encode_pairs(self, prompts, responses, ended),
                              self.classifier.config.pad_token_id, "right", self.args.device)
         return self.classifier(input_ids=ids, attention_mask=mask.long()).logits[:, 0].float()
 
@@ -834,10 +814,7 @@ def train_reward_models(sft: Path | str, data: "Data", args: Args, log: "RunLog"
     folders = [log.run_dir / ("reward_model" if number == 1 else f"reward_model_{number}")
                for number in range(1, args.num_reward_models + 1)]
     if args.dataset == "reviews" and not all(folder.exists() for folder in folders):
-        policy = load_policy(sft, args)
-        compare_own_samples(policy, data, args.num_comparisons, args)
-        if data.held_out.prompts:
-            compare_own_samples(policy, data.held_out, 500, args)
+        compare_own_samples(load_policy(sft, args), data, args)
     for seed, folder in enumerate(folders, start=args.seed):
         if folder.exists():
             continue
@@ -857,8 +834,7 @@ def train_ppo(sft: Path | str, score: Score, data: "Data", args: Args, log: "Run
     """Stage 3: PPO from the SFT model, with a frozen copy of it as the reference."""
     torch.manual_seed(args.seed)
     policy, reference = load_policy(sft, args), load_policy(sft, args)
-    log.start("ppo")
-    saved = log.load_checkpoint()  # None, unless --resume finds one
+    saved = log.start_ppo()  # the last checkpoint; None, unless --resume finds one
     if saved is None:
         score.measure(policy, prompt_batch(data.prompts, 1, 2 * args.batch_size, args.seed), args)
     score.norms = saved["score_norms"] if saved else score.norms
@@ -907,7 +883,7 @@ def train_ppo(sft: Path | str, score: Score, data: "Data", args: Args, log: "Run
                                        args.kl_horizon)
         if args.ref_update_interval and iteration % args.ref_update_interval == 0:
             reference.lm.load_state_dict(policy.lm.state_dict())
-        interrupted = log.interrupted()
+        interrupted = any(gather([log.interrupted]))
         if iteration % args.save_interval == 0 or iteration == log.num_iterations or interrupted:
             save_model(folder, policy)
             log.save_checkpoint(learners, iteration=iteration, kl_coef=kl_coef, before=before,
@@ -950,10 +926,9 @@ def split_rows(rows, size: int) -> list:
 
 def join_rows(parts: list[Rollout], device: str) -> Rollout:
     """The inverse of split_rows and share: the rows of all processes, in order."""
-    if dist.is_initialized():
-        parts = [part.to(device) for part in gather([part.to("cpu") for part in parts])]
     columns = zip(*(vars(part).values() for part in parts), strict=True)
-    return Rollout(*(None if column[0] is None else torch.cat(column) for column in columns))
+    return Rollout(*(None if column[0] is None else torch.cat(gather(column)).to(device)
+                     for column in columns))
 
 
 def shuffled_minibatches(num_rows: int, size: int, rng: random.Random) -> list[list[int]]:
@@ -993,6 +968,11 @@ def frame(tokenizer, prompt: str | list[dict]) -> tuple[str, str]:
     return before, after
 
 
+def closing_ids(tokenizer, prompt: str | list[dict]) -> list[int]:
+    """What follows an answer that has ended: EOS, or what the chat template puts there."""
+    return tokenizer(frame(tokenizer, prompt)[1], add_special_tokens=False)["input_ids"]
+
+
 def encode_starts(tokenizer, texts: list[str]) -> list[list[int]]:
     """Token ids of texts that begin a sequence: BOS, or BERT's CLS, is in front exactly once."""
     bos = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -1013,13 +993,14 @@ def encode_prompts(tokenizer, prompts: list) -> list[list[int]]:
 
 
 def encode_pairs(
-    tokenizer, prompts: list, responses: list[str], ended: list[bool] | None, limit: int
+    reward_model: RewardModel, prompts: list, responses: list[str], ended: list[bool] | None
 ) -> list[list[int]]:
-    """Token ids of prompts with responses, in the form in which reward models are trained on them.
+    """Token ids of prompts with responses, cut at the front where they exceed the context.
 
     A string prompt is followed by the response, and by EOS if the response has ended. Messages go
     through the model's own chat template; a response that was cut gets no closing tokens. Without
-    ended, responses are cut to limit tokens, and those that are shorter have ended."""
+    ended (comparisons), responses are cut to --response-len; those that are shorter have ended."""
+    tokenizer, limit = reward_model.tokenizer, reward_model.args.response_len
     befores, afters = zip(*(frame(tokenizer, prompt) for prompt in prompts), strict=True)
     encoded = tokenizer(responses, add_special_tokens=False)["input_ids"]
     if ended is None:
@@ -1029,13 +1010,16 @@ def encode_pairs(
                      for response, whole, ids in zip(responses, ended, encoded, strict=True)]
     if not isinstance(prompts[0], str):
         columns = zip(befores, responses, afters, ended, strict=True)
-        return encode_starts(tokenizer, [before + response + after * whole
+        rows = encode_starts(tokenizer, [before + response + after * whole
                                          for before, response, after, whole in columns])
-    closing = tokenizer(afters[0], add_special_tokens=False)["input_ids"]
-    # BERT-like models read prompt and response as a pair of texts: SEP stands between them.
-    sep = [] if tokenizer.sep_token_id is None else [tokenizer.sep_token_id]
-    columns = zip(encode_starts(tokenizer, befores), encoded, ended, strict=True)
-    return [start + sep + ids + closing * whole for start, ids, whole in columns]
+    else:
+        closing = closing_ids(tokenizer, prompts[0])
+        # BERT-like models read prompt and response as a pair of texts: SEP stands between them.
+        sep = [] if tokenizer.sep_token_id is None else [tokenizer.sep_token_id]
+        columns = zip(encode_starts(tokenizer, befores), encoded, ended, strict=True)
+        rows = [start + sep + ids + closing * whole for start, ids, whole in columns]
+    context = context_len(reward_model)
+    return [cut_front(tokenizer, ids, context) for ids in rows]
 
 
 def cut_front(tokenizer, ids: list[int], limit: int) -> list[int]:
@@ -1162,11 +1146,11 @@ def share(rows):
 
 
 def gather(items: list) -> list:
-    """The items (on the CPU) of all processes, in the order of their numbers."""
+    """The items of all processes, in the order of their numbers; tensors arrive on the CPU."""
     if not dist.is_initialized():
         return items
     found = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, items)
+    dist.all_gather_object(found, [x.cpu() if isinstance(x, Tensor) else x for x in items])
     return list(itertools.chain(*found))
 
 
@@ -1273,21 +1257,25 @@ def draw_reviews(num_reviews: int, rng: random.Random) -> list[dict]:
             for x in prompts]
 
 
-def compare_own_samples(policy: Policy, data: "Data", num_pairs: int, args: Args) -> None:
+def compare_own_samples(policy: Policy, data: "Data", args: Args) -> None:
     """Add comparisons to data: pairs of the policy's own samples, labelled by an annotator.
 
     It prefers the first with probability sigmoid(2·(gold₁ − gold₂)) (Bradley–Terry)."""
-    rng = random.Random(args.seed)
-    prompts = [row["prompt"] for row in rng.choices(data.prompts, k=num_pairs)] * 2
-    # The texts are short, so a thousand of them fit into memory.
-    rollout = sample_responses(policy, prompts, args.seed, replace(args, batch_size=1000))
-    texts, _ = policy.decode(rollout)
-    golds = list(map(gold_reward, prompts, texts, rollout.ended.tolist()))
-    for i in range(num_pairs):
-        j = i + num_pairs  # the second response to the same prompt
-        prefers_first = rng.random() < 1 / (1 + math.exp(2 * (golds[j] - golds[i])))
-        chosen, rejected = (texts[i], texts[j]) if prefers_first else (texts[j], texts[i])
-        data.comparisons.append({"prompt": prompts[i], "chosen": chosen, "rejected": rejected})
+    for side, num_pairs in ((data, args.num_comparisons), (data.held_out, 500)):
+        if not side.prompts:
+            continue
+        rng = random.Random(args.seed)
+        prompts = [row["prompt"] for row in rng.choices(side.prompts, k=num_pairs)] * 2
+        # The texts are short, so a thousand of them fit into memory.
+        rollout = sample_responses(policy, prompts, args.seed, replace(args, batch_size=1000))
+        texts, _ = policy.decode(rollout)
+        golds = list(map(gold_reward, prompts, texts, rollout.ended.tolist()))
+        for i in range(num_pairs):
+            j = i + num_pairs  # the second response to the same prompt
+            prefers_first = rng.random() < 1 / (1 + math.exp(2 * (golds[j] - golds[i])))
+            chosen, rejected = (texts[i], texts[j]) if prefers_first else (texts[j], texts[i])
+            side.comparisons.append({"prompt": prompts[i], "chosen": chosen,
+                                     "rejected": rejected})
 
 
 def word_tokenizer():
@@ -1429,7 +1417,7 @@ def load_data(args: Args) -> Data:
     if not data.demonstrations and (args.sft_epochs > 0 or args.ptx_coef > 0):
         refuse(f"{flag(args, 'dataset')} has no demonstrations for {flag(args, 'sft_epochs')} and "
                f"{flag(args, 'ptx_coef')}; give --sft-dataset, or set both to 0.")
-    if args.trains_reward_model and not data.comparisons and args.dataset != "reviews":
+    if trains_reward_model(args) and not data.comparisons and args.dataset != "reviews":
         refuse(f"{flag(args, 'dataset')} has no comparisons to train a reward model on; give "
                "--reward-model or --reward-fn.")
     return data
@@ -1562,12 +1550,12 @@ class RewardFunction:
 
 def can_start_critic(source: RewardModel | RewardFunction, policy: Policy) -> bool:
     """Whether a source of scores is a causal model with the policy's tokens and enough context."""
-    # transformers calls the head of causal classifiers score.
-    if not isinstance(getattr(getattr(source, "classifier", None), "score", None), nn.Linear):
-        return False
-    same_tokens = policy.tokenizer.get_vocab().items() <= source.tokenizer.get_vocab().items()
     seq_len = policy.args.max_prompt_len + policy.args.response_len
-    return same_tokens and context_len(source) >= seq_len
+    return (isinstance(source, RewardModel)
+            # transformers calls the head of causal classifiers score.
+            and isinstance(getattr(source.classifier, "score", None), nn.Linear)
+            and policy.tokenizer.get_vocab().items() <= source.tokenizer.get_vocab().items()
+            and context_len(source) >= seq_len)
 
 
 def context_len(reward_model: RewardModel) -> int:
@@ -1582,7 +1570,7 @@ def context_len(reward_model: RewardModel) -> int:
 
 def print_example(reward_model: RewardModel, prompt: str | list[dict], response: str) -> None:
     """Print one text as the reward model reads it."""
-    ids = reward_model.encode([prompt], [response], [True])[0]
+    ids = encode_pairs(reward_model, [prompt], [response], [True])[0]
     print(f"reward input {reward_model.tokenizer.decode(ids)!r}")
 
 
@@ -1691,6 +1679,11 @@ def flag(args: Args, name: str) -> str:
     return f"--{name.replace('_', '-')} {value}"
 
 
+def trains_reward_model(args: Args) -> bool:
+    """Whether stage 2 runs."""
+    return not args.reward_model and args.reward_fn is None
+
+
 def resolve_args(args: Args) -> Args:
     """Refuse settings that cannot work, and fill in those that follow from others."""
     for holds, wanted, names in RANGES:
@@ -1710,7 +1703,7 @@ def resolve_args(args: Args) -> Args:
         "critic_learning_rate": 10 * learning_rate,
         # Most gradients of a large model are below 1e-5, which would shorten its steps.
         "adam_eps": 1e-5 if scratch else 1e-8,
-        "score_norm": "sft" if args.trains_reward_model else None,  # else try_given_models decides
+        "score_norm": "sft" if trains_reward_model(args) else None,  # else try_given_models decides
         "microbatch_size": -(-args.minibatch_size // processes()[1]),  # rounded up
         "run_name": None if args.resume else f"{data_name}__{args.seed}__{start}",
     }
@@ -1733,11 +1726,11 @@ def resolve_args(args: Args) -> Args:
          f"{flag(args, 'reward_fn')} and {flag(args, 'reward_model')}: drop one of them."),
         (args.sft_epochs == 0 and scratch,
          "--sft-epochs 0 leaves a random policy; give the SFT model as --policy-model."),
-        (args.reward_epochs == 0 and args.trains_reward_model,
+        (args.reward_epochs == 0 and trains_reward_model(args),
          "--reward-epochs 0 leaves a random reward model; give --reward-model or --reward-fn."),
         (args.device == "cuda" and not torch.cuda.is_available(),
          "--device cuda: PyTorch finds no CUDA device; use --device cpu."),
-        (args.num_reward_models > 1 and not args.trains_reward_model,
+        (args.num_reward_models > 1 and not trains_reward_model(args),
          f"{flag(args, 'num_reward_models')} trains them, and a --reward-model or --reward-fn is "
          "given; drop one of them."),
         (args.minibatch_size < num_processes or 0 < args.eval_prompts < num_processes,
@@ -1863,8 +1856,8 @@ class RunLog:
 
     def __init__(self, args: Args):
         self.args, self.run_dir, self.writer = args, Path(args.output_dir, args.run_name), None
-        self.silent, self.signal, self.handler = processes()[0] > 0, None, None
-        self.history, self.warned = [], False
+        self.silent, self.interrupted, self.handler = processes()[0] > 0, False, None
+        self.history, self.warned = [], False  # [metrics, samples] of each iteration of PPO
         path, settings = self.run_dir / "args.json", json.loads(json.dumps(asdict(args)))
         if path.exists():
             first = json.loads(path.read_text())
@@ -1901,25 +1894,17 @@ class RunLog:
         if self.handler is not None:
             signal.signal(signal.SIGINT, self.handler)
 
-    def load_checkpoint(self) -> dict | None:
-        """The last checkpoint of PPO, or None; what was logged after it is deleted.
+    def start_ppo(self) -> dict | None:
+        """Returns: the last checkpoint, or None. What was logged after it is forgotten.
 
         From now on Ctrl-C waits for the end of an iteration."""
+        self.start("ppo")
         saved = read_checkpoint(self.run_dir, self.args.device)
         if not self.silent:
             for name in ("metrics.jsonl", "samples.jsonl"):
-                path, size = self.run_dir / name, saved["sizes"][name] if saved else 0
-                path.touch()
-                if path.stat().st_size < size:
-                    refuse(f"--resume: {path} is shorter than at the last checkpoint; restore it.")
-                os.truncate(path, size)
-            for line in (self.run_dir / "metrics.jsonl").open():
-                row = json.loads(line)
-                scalars = {key: x for key, x in row.items() if "/" in key}
-                self.scalars(scalars, row["episodes"], row["wall_time"])
-            records = [json.loads(line) for line in (self.run_dir / "samples.jsonl").open()]
-            for episodes, group in itertools.groupby(records, lambda record: record["episodes"]):
-                self.writer.add_text("samples", sample_text(group), episodes)
+                (self.run_dir / name).write_text("")
+        for metrics, samples in saved["history"] if saved else []:
+            self.write(metrics, samples)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as under nohup
             self.handler = signal.signal(signal.SIGINT, self.interrupt)
         return saved
@@ -1929,34 +1914,26 @@ class RunLog:
         if self.silent:
             return
         state |= {name: learner.state_dict() for name, learner in learners.items()}
-        state["sizes"] = {name: (self.run_dir / name).stat().st_size
-                          for name in ("metrics.jsonl", "samples.jsonl")}
         path = self.run_dir / "checkpoint.pt"
         with path.with_suffix(".tmp").open("wb") as file:
-            torch.save(state, file)
+            torch.save(state | {"history": self.history}, file)
             file.flush()
             os.fsync(file.fileno())
         path.with_suffix(".tmp").replace(path)
 
     def interrupt(self, number: int, _frame) -> None:
         """Remember the first Ctrl-C; the second ends the run at once."""
-        self.signal = number
+        self.interrupted = True
         if not dist.is_initialized():  # torchrun sends a second one by itself
             signal.signal(number, signal.default_int_handler)
 
-    def interrupted(self) -> bool:
-        """Whether any process was told to end; then the iteration is saved, and the run ends."""
-        return any(gather([self.signal]))
-
     def say_how_to_go_on(self) -> NoReturn:
         """Print the command that continues the run, and end it."""
-        words = [x for x in sys.argv if x != "--resume"]
-        name = [] if "--run-name" in words else ["--run-name", self.args.run_name]
         launcher = "python"
         if dist.is_initialized():
             launcher = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
-        print(f"ppo          saved; go on with: {launcher} "
-              f"{shlex.join([*words, *name, '--resume'])}")
+        words = [*sys.argv, "--run-name", self.args.run_name, "--resume"]
+        print(f"ppo          saved; go on with: {launcher} {shlex.join(words)}")
         raise SystemExit(130)
 
     def scalars(self, values: dict[str, float], step: int, wall_time=None) -> None:
@@ -1970,12 +1947,18 @@ class RunLog:
         print(f"result       {key} {value:.3f}", flush=True)
         self.scalars({key: value}, 0)
 
-    def append(self, file_name: str, records: list[dict]) -> None:
-        """Append records to a jsonl file."""
+    def write(self, metrics: dict, samples: list[dict]) -> None:
+        """One iteration of PPO: an object in each jsonl file, and a point on each curve."""
+        self.history.append([metrics, samples])
+        self.scalars({key: x for key, x in metrics.items() if "/" in key}, metrics["episodes"],
+                     metrics["wall_time"])
         if self.silent:
             return
-        with open(self.run_dir / file_name, "a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+        for name, records in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples)):
+            with open(self.run_dir / name, "a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+        if samples:
+            self.writer.add_text("samples", sample_text(samples), metrics["episodes"])
 
     def iteration(self, number: int, groups: dict, times: list[float], records: list[dict]) -> None:
         """One PPO iteration: curves over episodes, a jsonl object, a line on the console."""
@@ -1986,9 +1969,9 @@ class RunLog:
         if args.device == "cuda":
             groups["perf"]["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         scalars = {f"{group}/{name}": x for group in groups for name, x in groups[group].items()}
-        self.scalars(scalars, episodes)
         counters = {"iteration": number, "episodes": episodes}
-        self.append("metrics.jsonl", [counters | {"wall_time": time.time()} | scalars])
+        samples = records[:2] if number % args.save_interval == 0 else []
+        self.write(counters | {"wall_time": time.time()} | scalars, [counters | x for x in samples])
         shown = {"score_mean": ".2f", "gold_mean": ".2f", "grammatical": ".0%", "kl": ".2f",
                  "response_len": ".1f", "eos_share": ".0%", "clipfrac": ".0%",
                  "explained_variance": ".2f", "episodes_per_s": ".0f"}
@@ -1998,18 +1981,15 @@ class RunLog:
         if args.dtype == "float32" and values["ratio_first"] > 1.001:
             print(f"warning: the ratio starts at {values['ratio_first']}, not 1: old and new "
                   "log-probabilities are computed differently; is the model deterministic?")
-        self.history = [*self.history[-10:], values]
+        if samples:
+            print(sample_text(samples))
+        then = self.history[-11:][0][0]  # ten iterations ago
         if not self.warned and values["kl"] > 10 and len(self.history) > 10 and all(
-                values[name] > self.history[0][name] for name in ("kl", "score_mean")):
+                values[name] > then[f"rollout/{name}"] for name in ("kl", "score_mean")):
             self.warned = True
             print("warning: KL (above 10 nats) and score rise together, as they do when a reward "
                   "model is hacked: read the samples; if they got worse, raise --kl-coef, or set "
                   "--kl-target or --max-kl")
-        if number % args.save_interval == 0:
-            self.append("samples.jsonl", [counters | record for record in records[:2]])
-            print(sample_text(records[:2]))
-            if not self.silent:
-                self.writer.add_text("samples", sample_text(records[:2]), episodes)
 
     def before_after(self, before: tuple, after: tuple) -> None:
         """Print the final table and two examples; write all pairs to a file."""
@@ -2027,9 +2007,9 @@ class RunLog:
         for old, new in pairs[:2]:
             print(f"\nprompt  {old['prompt']}\n  SFT   {old['response']}\n"
                   f"  PPO   {new['response']}")
-        records = [{"prompt": old["prompt"], "sft": old, "ppo": new} for old, new in pairs]
-        (self.run_dir / "before_after.jsonl").unlink(missing_ok=True)
-        self.append("before_after.jsonl", records)
+        with open(self.run_dir / "before_after.jsonl", "w") as file:
+            for old, new in pairs:
+                file.write(json.dumps({"prompt": old["prompt"], "sft": old, "ppo": new}) + "\n")
 
 
 if __name__ == "__main__":

@@ -224,22 +224,24 @@ def test_a_finished_run_says_so_and_ends_well(usual, home, undisturbed, capsys):
     assert end.value.code == 0 and "undisturbed is finished" in capsys.readouterr().out
 
 
-def test_a_broken_checkpoint_and_a_log_that_was_cut_are_refused_by_name(
-    usual, home, undisturbed, capsys
-):
+def test_a_broken_checkpoint_is_refused_by_name(usual, home, undisturbed, capsys):
     args = replace(usual, run_name="broken")
     with pytest.raises(RuntimeError):
         start(home, args, FIRST + 3, DIE)
-    (home / "broken" / "metrics.jsonl").write_text("")
-    (home / "broken" / "checkpoint.pt").rename(home / "broken" / "moved.pt")
-    for content, named in ((b"PK no", "checkpoint.pt cannot be used"), (None, "is shorter than")):
-        if content is None:
-            (home / "broken" / "moved.pt").replace(home / "broken" / "checkpoint.pt")
-        else:
-            (home / "broken" / "checkpoint.pt").write_bytes(content)
-        with pytest.raises(SystemExit) as end:
-            start(home, replace(args, resume=True))
-        assert end.value.code == 2 and named in capsys.readouterr().err
+    (home / "broken" / "checkpoint.pt").write_bytes(b"PK no")
+    with pytest.raises(SystemExit) as end:
+        start(home, replace(args, resume=True))
+    assert end.value.code == 2 and "checkpoint.pt cannot be used" in capsys.readouterr().err
+
+
+def test_logs_that_were_lost_are_written_again(usual, home, undisturbed):
+    args = replace(usual, run_name="lost")
+    with pytest.raises(RuntimeError):
+        start(home, args, FIRST + 3, DIE)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (home / "lost" / name).unlink()
+    start(home, replace(args, resume=True))
+    assert left(args) == undisturbed
 
 
 @pytest.mark.parametrize(("changes", "named"), [

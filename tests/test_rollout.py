@@ -37,6 +37,7 @@ from ppo_rlhf import (
     collect_rollout,
     compute_advantages,
     describe,
+    encode_pairs,
     load_policy,
     load_reward_model,
     ppo_loss,
@@ -715,7 +716,7 @@ def test_a_score_does_not_depend_on_the_texts_beside_it(family):
 
 def test_in_training_answers_to_messages_are_cut_where_the_policy_will_be_cut():
     reward_model = reward_model_of(tokenizer=marked_tokenizer(), response_len=4)
-    long, short = reward_model.encode([[USER]] * 2, ["a b c d a", "a b c"])
+    long, short = encode_pairs(reward_model, [[USER]] * 2, ["a b c d a", "a b c"], None)
     assert reward_model.tokenizer.decode(long) == "<user> the plot [END] <bot> a b c d"
     assert reward_model.tokenizer.decode(short) == "<user> the plot [END] <bot> a b c [END]"
 
