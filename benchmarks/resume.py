@@ -1,7 +1,7 @@
 """Does a run that is killed end as if nothing had happened? 20 kills, each followed by --resume.
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
-    python benchmarks/resume.py            # runs what is missing, two at a time; about 15 minutes
+    python benchmarks/resume.py            # runs what is missing, two at a time; about 25 minutes
     python benchmarks/resume.py --table    # the table, from the committed results
 
 A small run of all three stages on the embedded task is killed with SIGKILL: 12 times after a random
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import common  # benchmarks/common.py
 
-FLAGS = ("--num-comparisons 300 --total-episodes 640 --batch-size 64 --minibatch-size 32 "
+FLAGS = ("--num-comparisons 300 --total-episodes 1920 --batch-size 64 --minibatch-size 32 "
          "--eval-prompts 16 --save-interval 3 --ref-update-interval 4 --kl-target 2 "
          "--critic separate --device cpu")
 # A function of ppo_rlhf.py, or of a library that it calls, and the number of the fatal call.
@@ -117,7 +117,8 @@ def one_run(job):
 
             saved = torch.load(checkpoint, weights_only=True)
             found["checkpoint"] = saved["iteration"]
-            before_checkpoint = before[: saved["sizes"]["metrics.jsonl"]]
+            lines = before.splitlines(keepends=True)
+            before_checkpoint = b"".join(lines[: saved["iteration"]])
         else:
             before_checkpoint = b""
         found["iterations"] = before.count(b"\n")

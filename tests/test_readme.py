@@ -34,6 +34,20 @@ def test_it_has_at_most_3000_words_and_lines_of_120_columns():
         assert not [x for x in text.splitlines() if len(x) > 120 and not x.startswith("|")]
 
 
+def test_no_sentence_has_more_than_two_numbers():
+    text = re.sub(r"```.*?```|^\|.*?$|`[^`]*`", "", README, flags=re.S | re.M)
+    for sentence in re.split(r"\n\n|(?<=[.:;?)])\s+", text):
+        assert len(re.findall(r"(?<![\w.-])[+−]?\d[\d,.]*(?![\w-])", sentence)) <= 2, sentence
+
+
+def test_the_last_lines_that_it_shows_are_those_of_a_default_run():
+    run, = (x for x in result("reward_hacking")["runs"]
+            if (x["kl_coef"], x["seed"]) == (0.05, 1))
+    shown = re.search(r"```\n(128 held-out prompts.*?)```", README, re.S)[1]
+    for line in shown.splitlines():
+        assert line in run["table"].splitlines(), line
+
+
 def test_the_lines_of_part_1_and_of_the_functions_that_it_counts():
     path = Path(ppo_rlhf.__file__)
     lines = path.read_text().splitlines()
@@ -148,11 +162,12 @@ def test_what_it_says_of_reward_hacking_is_what_the_raw_results_say():
             (max(gold), run["episodes"][gold.index(max(gold))], sum(gold[-10:]) / 10, after))
     peaks, places, ends, _ = zip(*found[0.0], strict=True)
     text = " ".join(README.split())
-    assert f"gold peaks at {min(peaks):.2f} to {max(peaks):.2f} within 1,800" in text
-    assert max(places) <= 1800
-    assert f"It ends at {max(ends):.1f} to {min(ends):.1f}".replace("-", "−") in text
-    for kl_coef, words in ((0.0, "{} to {} after it"), (0.05, "{} to {} with kl_coef 0.05"),
-                           (0.2, "{} to {} with 0.2")):
+    assert f"gold peaks at {min(peaks):.2f} to {max(peaks):.2f}, after a tenth" in text
+    assert set(places) == {1280}  # of 12,800
+    assert [round(x) for x in sorted(ends)[:2]] == [-2, -2]
+    assert f"the third ends at {max(ends):.2f}" in text
+    for kl_coef, words in ((0.0, "{} to {} without the KL"), (0.2, "it is {} to {}. (`reward_h"),
+                           (0.05, "With the default kl_coef it is {} to {}.")):
         taxes = [x[3] for x in found[kl_coef]]
         assert words.format(f"{min(taxes):.1f}", f"{max(taxes):.1f}") in text, words
 
@@ -187,21 +202,27 @@ def test_the_table_of_optima_is_what_the_raw_results_say():
             return [x["share"] for x in results["runs"]
                     if (x["group"], x["who"], x["instance"]) == (group, who, instance)]
 
-        cells = [f"{statistics.mean(x):.3f} ± {statistics.stdev(x):.3f}" for x in
-                 (shares("peers", "trl"), shares("peers", "ours"))]
-        cells += [f"{x:.3f}" for x in shares("tuned", "ours") + shares("long", "ours")]
-        assert f"| {instance} | {' | '.join(cells)} |" in LONG, (instance, cells)
+        cells = [f"{statistics.mean(x):.3f} ± {statistics.stdev(x):.3f}" if x else "" for x in
+                 (shares("peers", "trl"), shares("peers", "ours"),
+                  shares("second edition", "ours"))]
+        cells += [f"{x[0]:.3f}" if x else "" for x in
+                  (shares("tuned", "ours"), shares("long", "ours"))]
+        row = f"| {instance} | {' | '.join(cells)} |".replace("|  |", "| |")
+        assert row in LONG, row
 
 
-def test_the_optima_of_the_second_edition_are_what_the_raw_results_say():
+def test_what_it_says_of_optima_is_what_the_raw_results_say():
     runs = result("optimum")["runs"]
-    means = [statistics.mean(x["share"] for x in runs if x["group"] == "second edition"
-                             and x["instance"] == instance) for instance in (1, 3, 5)]
-    text = " ".join(LONG.split())
-    assert "reaches {:.3f}, {:.3f} and {:.3f} on average".format(*means) in text
+    means = [statistics.mean(x["share"] for x in runs if x["instance"] == 1
+                             and (x["group"], x["who"]) == group)
+             for group in (("second edition", "ours"), ("peers", "trl"))]
     longest, = [x["share"] for x in runs if x["group"] == "longest"]
-    assert f"With 819,200 episodes it reaches {longest:.3f}" in text
-    assert f"With sixteen times the episodes it is {longest:.3f}" in " ".join(README.split())
+    one_epoch, = [x["share"] for x in runs if "--update-epochs 1" in x["flags"]
+                  and x["group"] == "limits"]
+    text = " ".join(README.split())
+    assert "Ours reaches {:.3f} of the possible gain, trl {:.3f}".format(*means) in text
+    assert f"tuned settings, one run reaches {longest:.3f}" in text
+    assert f"instead of four reaches {one_epoch:.3f}" in text
 
 
 def test_every_planted_bug_is_caught_and_the_counts_are_right():
@@ -233,7 +254,10 @@ def test_the_tables_of_ensembles_and_of_memory_are_what_the_benchmarks_wrote():
 def test_the_table_of_throughput_is_what_the_raw_results_say():
     table = (ROOT / "benchmarks/results/throughput.md").read_text().split("\n\n")[0]
     assert table.startswith("| vocabulary | our critic |")
-    assert table in README and table in LONG
+    assert table in LONG
+    ratios = [row.split("|")[5].strip() for row in table.splitlines()[2:]]
+    said = f"makes {min(ratios)} to {max(ratios)} times the episodes per second"
+    assert said in " ".join(README.split())
     runs = result("throughput")["runs"]
     trl = [x["episodes_per_s"] for x in runs if (x["who"], x["vocab"]) == ("trl", 512)]
     assert f"| {statistics.median(trl):.2f} |" in table
@@ -268,8 +292,9 @@ def test_the_default_run_meets_its_goals_on_every_seed():
         if run["kl_coef"] == 0.05:
             assert end["rollout/gold_mean"] >= 1.3 and end["rollout/kl"] <= 8
             assert end["rollout/grammatical"] >= 0.9
-        if run["kl_coef"] == 0:
-            assert end["rollout/gold_mean"] < first["rollout/gold_mean"]
+        if run["kl_coef"] == 0:  # hacked: the score is higher, and gold is lost again
+            assert end["rollout/gold_mean"] < max(run["curves"]["rollout/gold_mean"]) - 0.5
+            assert end["rollout/gold_mean"] < last[0.05, seed]["rollout/gold_mean"] - 0.5
             assert end["rollout/score_mean"] > last[0.05, seed]["rollout/score_mean"]
     golds = [end["rollout/gold_mean"] for (kl_coef, _), end in last.items() if kl_coef == 0.05]
     assert statistics.mean(golds) >= 1.6
