@@ -386,7 +386,8 @@ class Policy(nn.Module):
             encoded = tokenizer(responses, add_special_tokens=False)["input_ids"]
             # The EOS of a response: the first token after an answer in the chat template if that is
             # an EOS, else the tokenizer's.
-            first = closing_ids(tokenizer, prompts[0])[:1]
+            _, after = frame(tokenizer, prompts[0])
+            first = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
             end = next((x for x in first if x in self.eos_ids), tokenizer.eos_token_id)
             banned_ids = self.banned_ids.tolist()  # data may contain the text [PAD]
             response_rows = [[x for x in ids if x not in banned_ids] for ids in encoded]
@@ -649,10 +650,13 @@ def train_step(model, optimizer, parts: list[tuple], step_name: str, args: Args)
     all_stats.append({"grad_norm": grad_norm / num_processes})  # its sum over processes
     # One transfer from the device for all statistics.
     numbers = iter(torch.stack([x for part in all_stats for x in part.values()]).tolist())
-    stats = add_up(gather([{name: next(numbers) for name in part} for part in all_stats]))
-    for name, number in stats.items():
-        if not math.isfinite(number):
-            raise FloatingPointError(f"{step_name}: {name} is {number}; lower the learning rate")
+    all_stats, stats = gather([{name: next(numbers) for name in part} for part in all_stats]), {}
+    for name in dict.fromkeys(name for part in all_stats for name in part):
+        values = [part[name] for part in all_stats if name in part]
+        stats[name] = max(values) if name.endswith("_max") else sum(values)
+        if not math.isfinite(stats[name]):
+            raise FloatingPointError(
+                f"{step_name}: {name} is {stats[name]}; lower the learning rate")
     optimizer.step()
     optimizer.zero_grad()
     return stats
@@ -950,16 +954,14 @@ def set_learning_rates(optimizer, step: int, num_steps: int, warmup=0, anneal=Tr
 
 def pad_rows(rows: list[list[int]], pad_id: int, side: str, device) -> tuple[Tensor, Tensor]:
     """Stack rows of ids, padded on side "left" or "right". Returns: ids, mask (rows, longest)."""
-    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_value=pad_id,
-                            padding_side=side)
-    ids = pad([torch.tensor(row, dtype=torch.long) for row in rows])
-    lens, columns = torch.tensor([[len(row)] for row in rows]), torch.arange(ids.shape[1])
-    mask = columns < lens if side == "right" else columns >= ids.shape[1] - lens
-    return ids.to(device), mask.to(device)
+    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    mask = pad([torch.ones_like(row, dtype=torch.bool) for row in ids])
+    return pad(ids, padding_value=pad_id).to(device), mask.to(device)
 
 
 def frame(tokenizer, prompt: str | list[dict]) -> tuple[str, str]:
-    """Returns: the text before an answer, and the text that closes it."""
+    """Returns: the text before an answer, and what closes it: EOS, or the chat template's end."""
     if isinstance(prompt, str):
         return prompt, tokenizer.eos_token or tokenizer.sep_token or ""
     messages = [*prompt, {"role": "assistant", "content": "ANSWER"}]
@@ -968,20 +970,12 @@ def frame(tokenizer, prompt: str | list[dict]) -> tuple[str, str]:
     return before, after
 
 
-def closing_ids(tokenizer, prompt: str | list[dict]) -> list[int]:
-    """What follows an answer that has ended: EOS, or what the chat template puts there."""
-    return tokenizer(frame(tokenizer, prompt)[1], add_special_tokens=False)["input_ids"]
-
-
 def encode_starts(tokenizer, texts: list[str]) -> list[list[int]]:
     """Token ids of texts that begin a sequence: BOS, or BERT's CLS, is in front exactly once."""
     bos = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    rows = []
-    for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
-        while bos is not None and ids[:1] == [bos]:
-            ids = ids[1:]
-        rows.append(ids if bos is None else [bos, *ids])
-    return rows
+    start = [] if bos is None else [bos]
+    return [[*start, *itertools.dropwhile(lambda x: x == bos, ids)]
+            for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
 
 def encode_prompts(tokenizer, prompts: list) -> list[list[int]]:
@@ -992,9 +986,7 @@ def encode_prompts(tokenizer, prompts: list) -> list[list[int]]:
     return [ids or [tokenizer.eos_token_id] for ids in encode_starts(tokenizer, texts)]
 
 
-def encode_pairs(
-    reward_model: RewardModel, prompts: list, responses: list[str], ended: list[bool] | None
-) -> list[list[int]]:
+def encode_pairs(reward_model, prompts: list, responses: list, ended: list | None) -> list[list]:
     """Token ids of prompts with responses, cut at the front where they exceed the context.
 
     A string prompt is followed by the response, and by EOS if the response has ended. Messages go
@@ -1013,7 +1005,7 @@ def encode_pairs(
         rows = encode_starts(tokenizer, [before + response + after * whole
                                          for before, response, after, whole in columns])
     else:
-        closing = closing_ids(tokenizer, prompts[0])
+        closing = tokenizer(afters[0], add_special_tokens=False)["input_ids"]
         # BERT-like models read prompt and response as a pair of texts: SEP stands between them.
         sep = [] if tokenizer.sep_token_id is None else [tokenizer.sep_token_id]
         columns = zip(encode_starts(tokenizer, befores), encoded, ended, strict=True)
@@ -1024,10 +1016,8 @@ def encode_pairs(
 
 def cut_front(tokenizer, ids: list[int], limit: int) -> list[int]:
     """The last `limit` ids; BOS or CLS in front stays, and what follows it is cut."""
-    num_cut = len(ids) - limit
-    if num_cut <= 0:
-        return ids
-    num_kept = int(ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id))
+    num_kept = int(ids[:1] in ([tokenizer.bos_token_id], [tokenizer.cls_token_id]))
+    num_cut = max(0, len(ids) - limit)
     return ids[:num_kept] + ids[num_kept + num_cut :]
 
 
@@ -1043,24 +1033,17 @@ class ChunkedLogprobs(torch.autograd.Function):
     autograd gives gradients only to tensors that are arguments."""
 
     @staticmethod
-    def chunks(vocab: int, *tensors: Tensor):
-        """Parts of all tensors; the logits of a part have 24 MB (on a GPU, 800 MB)."""
-        limit = 6_000_000 if tensors[0].device.type == "cpu" else 200_000_000
-        return zip(*(x.split(max(1, limit // vocab)) for x in tensors), strict=True)
-
-    @staticmethod
     def forward(ctx, policy: Policy, temperature: float, states: Tensor, ids: Tensor, *weights):
         """Returns: logprobs and entropies, (tokens,) each."""
+        # The logits of a part have 24 MB (on a GPU, 800 MB); weights[0] is (vocab, hidden).
+        size = max(1, (6_000_000 if ids.device.type == "cpu" else 200_000_000) // len(weights[0]))
         parts = []
         with policy.autocast():  # around the loop: the weights become bfloat16 once
-            vocab = len(weights[0])  # weights[0] is (vocab, hidden)
-            for part, part_ids in ChunkedLogprobs.chunks(vocab, states, ids):
+            for part, part_ids in zip(states.split(size), ids.split(size), strict=True):
                 parts.append(logprobs_and_entropy(policy.logits(part, temperature), part_ids))
         logprobs, entropies = map(torch.cat, zip(*parts, strict=True))
-        ctx.policy, ctx.temperature = policy, temperature
+        ctx.policy, ctx.temperature, ctx.size = policy, temperature, size
         ctx.save_for_backward(states, ids, logprobs, entropies, *weights)
-        if policy.args.ent_coef == 0:  # do not spend time on its gradient
-            ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
@@ -1068,16 +1051,16 @@ class ChunkedLogprobs(torch.autograd.Function):
         """Args: gradients by logprobs and entropies. Returns: gradients by states and weights."""
         policy, (states, ids, logprobs, entropies, *weights) = ctx.policy, ctx.saved_tensors
         columns = [x.unsqueeze(1) for x in (ids, logprobs, entropies, *grads)]  # (tokens, 1) each
+        parts = zip(*(x.split(ctx.size) for x in (states, *columns)), strict=True)
         states_grads, weights_grads = [], None
         with policy.autocast(), torch.enable_grad():  # autograd turns both off
-            for part, part_ids, logprob, H, grad_logprobs, grad_H in ChunkedLogprobs.chunks(
-                    len(weights[0]), states, *columns):
+            for part, part_ids, logprob, H, grad_logprobs, grad_H in parts:
                 part = part.detach().requires_grad_()
                 logits = policy.logits(part, ctx.temperature)
                 grad = logits.detach()  # changed in place, to use no further memory
                 grad -= grad.gather(1, part_ids) - logprob  # logits − their log-sum-exp: log p
                 factor = -grad_logprobs
-                if policy.args.ent_coef > 0:
+                if policy.args.ent_coef > 0:  # else grad_H is 0: spend no time on it
                     factor = factor - grad_H * (grad + H)
                 grad.exp_().mul_(factor).scatter_add_(1, part_ids, grad_logprobs)
                 found = torch.autograd.grad(logits, (part, *weights), grad)
@@ -1158,19 +1141,9 @@ def add_up_gradients(model: nn.Module) -> None:
     """Replace each gradient by the sum over all processes."""
     if dist.is_initialized():
         for weights in model.parameters():
-            if weights.requires_grad:
-                if weights.grad is None:  # this process had no row
-                    weights.grad = torch.zeros_like(weights)
-                dist.all_reduce(weights.grad)
-
-
-def add_up(found: list[dict]) -> dict:
-    """Sums of statistics of the same name; for names that end in _max, the largest."""
-    stats = {}
-    for name in dict.fromkeys(name for part in found for name in part):
-        values = [part[name] for part in found if name in part]
-        stats[name] = max(values) if name.endswith("_max") else sum(values)
-    return stats
+            if weights.grad is None:  # this process had no row
+                weights.grad = torch.zeros_like(weights)
+            dist.all_reduce(weights.grad)
 
 
 # The embedded task: film reviews from a grammar, and a gold reward that only the annotator sees ---
