@@ -669,13 +669,13 @@ def fit(
     args, rng = log.args, random.Random(seed)
     optimizer = torch.optim.Adam([{"params": model.parameters(), "peak": peak}], eps=args.adam_eps,
                                  fused=True)
-    minibatches = [idx for _ in range(epochs)
-                   for idx in shuffled_minibatches(len(rows), args.minibatch_size, rng)]
+    minibatches = [minibatch for _ in range(epochs)
+                   for minibatch in split_rows(rng.sample(rows, len(rows)), args.minibatch_size)]
     log.start(name)
-    for step, idx in enumerate(tqdm(minibatches, name, unit="step", disable=log.silent), start=1):
+    bar = tqdm(minibatches, name, unit="step", disable=log.silent)
+    for step, minibatch in enumerate(bar, start=1):
         set_learning_rates(optimizer, step, len(minibatches))
-        minibatch = model.collate([rows[i] for i in idx])
-        parts = [(loss_fn, minibatch, 1.0)]
+        parts = [(loss_fn, model.collate(minibatch), 1.0)]
         stats = train_step(model, optimizer, parts, f"{name} step {step}", args)
         log.scalars({f"{name}/{key}": value for key, value in stats.items()}, step)
 
@@ -689,7 +689,8 @@ def update_policy(
     loss_fn = functools.partial(ppo_loss, kl_coef=kl_coef, args=args)
     lens = rollout.response_mask.sum(dim=1).tolist()
     for _ in range(args.update_epochs):
-        minibatches = shuffled_minibatches(len(rollout), args.minibatch_size, rng)
+        order = rng.sample(range(len(rollout)), len(rollout))
+        minibatches = split_rows(order, args.minibatch_size)
         for idx in minibatches:
             idx.sort(key=lens.__getitem__)  # microbatches of similar length have little padding
             parts = [(loss_fn, rollout[idx], 1.0)]
@@ -935,11 +936,6 @@ def join_rows(parts: list[Rollout], device: str) -> Rollout:
                      for column in columns))
 
 
-def shuffled_minibatches(num_rows: int, size: int, rng: random.Random) -> list[list[int]]:
-    """The numbers of all rows in a random order, in parts of at most size."""
-    return split_rows(rng.sample(range(num_rows), num_rows), size)
-
-
 def count_terms(rows: Rollout | list[dict]) -> int | Tensor:
     """How many terms a mean over these rows has: response tokens, or comparisons."""
     return len(rows) if isinstance(rows, list) else rows.response_mask.sum()
@@ -965,8 +961,7 @@ def frame(tokenizer, prompt: str | list[dict]) -> tuple[str, str]:
     if isinstance(prompt, str):
         return prompt, tokenizer.eos_token or tokenizer.sep_token or ""
     messages = [*prompt, {"role": "assistant", "content": "ANSWER"}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    before, _, after = text.rpartition("ANSWER")
+    before, _, after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("ANSWER")
     return before, after
 
 
@@ -1010,8 +1005,7 @@ def encode_pairs(reward_model, prompts: list, responses: list, ended: list | Non
         sep = [] if tokenizer.sep_token_id is None else [tokenizer.sep_token_id]
         columns = zip(encode_starts(tokenizer, befores), encoded, ended, strict=True)
         rows = [start + sep + ids + closing * whole for start, ids, whole in columns]
-    context = context_len(reward_model)
-    return [cut_front(tokenizer, ids, context) for ids in rows]
+    return [cut_front(tokenizer, ids, context_len(reward_model)) for ids in rows]
 
 
 def cut_front(tokenizer, ids: list[int], limit: int) -> list[int]:
@@ -1223,13 +1217,6 @@ def gold_reward(prompt: str, response: str, ended: bool) -> float:
     return sentiment - 2.0 * ungrammatical - num_repeated - 0.5 * num_excess
 
 
-def draw_reviews(num_reviews: int, rng: random.Random) -> list[dict]:
-    """Demonstrations: praise and scorn with equal probability."""
-    prompts = [draw_text("prompt", GRAMMAR, rng) for _ in range(num_reviews)]
-    return [{"prompt": x, "chosen": draw_text("review", GRAMMARS[genre_of(x)], rng)}
-            for x in prompts]
-
-
 def compare_own_samples(policy: Policy, data: "Data", args: Args) -> None:
     """Add comparisons to data: pairs of the policy's own samples, labelled by an annotator.
 
@@ -1243,12 +1230,11 @@ def compare_own_samples(policy: Policy, data: "Data", args: Args) -> None:
         rollout = sample_responses(policy, prompts, args.seed, replace(args, batch_size=1000))
         texts, _ = policy.decode(rollout)
         golds = list(map(gold_reward, prompts, texts, rollout.ended.tolist()))
-        for i in range(num_pairs):
-            j = i + num_pairs  # the second response to the same prompt
+        for i, j in zip(range(num_pairs), range(num_pairs, 2 * num_pairs), strict=True):
             prefers_first = rng.random() < 1 / (1 + math.exp(2 * (golds[j] - golds[i])))
-            chosen, rejected = (texts[i], texts[j]) if prefers_first else (texts[j], texts[i])
-            side.comparisons.append({"prompt": prompts[i], "chosen": chosen,
-                                     "rejected": rejected})
+            won, lost = (i, j) if prefers_first else (j, i)
+            side.comparisons.append(
+                {"prompt": prompts[i], "chosen": texts[won], "rejected": texts[lost]})
 
 
 def word_tokenizer():
@@ -1301,18 +1287,17 @@ def read_row(row: dict) -> dict | None:
     turns = [x for side in (prompt, *sides) if not isinstance(side, str | None) for x in side]
     if not all(isinstance(x["content"], str) for x in turns):
         return None
-    if sides and isinstance(sides[0], list):
+    if kinds == {list}:
         start = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
         sides = [start + side if side[0]["role"] == "assistant" else side for side in sides]
         sides = [[{"role": x["role"], "content": x["content"]} for x in side] for side in sides]
-        prompts = [side[:-1] for side in sides]
-        roles = {side[-1]["role"] for side in sides}
-        if prompts != prompts[:1] * len(sides) or [] in prompts or roles != {"assistant"}:
+        prompt, roles = sides[0][:-1], {side[-1]["role"] for side in sides}
+        if not prompt or roles != {"assistant"} or any(side[:-1] != prompt for side in sides):
             return None
-        prompt, sides = sides[0][:-1], [side[-1]["content"] for side in sides]
+        sides = [side[-1]["content"] for side in sides]
     elif prompt is None and "rejected" in answers:
         shared = os.path.commonprefix(sides)  # noqa: RUF071 - of characters, not of path parts
-        prompt = shared[: shared.rfind(TURN) + len(TURN)] if TURN in shared else ""
+        prompt = "".join(shared.rpartition(TURN)[:2])
         sides = [side[len(prompt) :] for side in sides]
         if not prompt or any("\n\nHuman:" in side for side in sides):
             return None
@@ -1358,7 +1343,10 @@ def prompt_key(row: dict) -> str:
 def load_data(args: Args) -> Data:
     """Rows to train on; all rows of --eval-prompts distinct prompts are held out."""
     if args.dataset == "reviews":
-        rows = draw_reviews(20_000, random.Random(args.seed))
+        rng = random.Random(args.seed)
+        prompts = [draw_text("prompt", GRAMMAR, rng) for _ in range(20_000)]
+        rows = [{"prompt": x, "chosen": draw_text("review", GRAMMARS[genre_of(x)], rng)}
+                for x in prompts]  # praise and scorn are equally probable
     else:
         wanted = [{"chosen", "rejected"}, {"prompt"}]
         rows = read_rows("--dataset", args.dataset, args.dataset_split, wanted)

@@ -7,7 +7,6 @@ Run: python -m pytest tests/test_data.py (15 seconds)
 
 import gzip
 import json
-import random
 import re
 from collections import Counter
 from dataclasses import replace
@@ -21,7 +20,6 @@ from ppo_rlhf import (
     Args,
     Rollout,
     cut_front,
-    draw_reviews,
     encode_prompts,
     gold_reward,
     is_grammatical,
@@ -497,17 +495,17 @@ def test_chat_data_train(tiny_args, tmp_path):
 
 def test_every_drawn_review_is_in_the_language_and_survives_the_tokenizer():
     tokenizer = word_tokenizer()
-    for row in draw_reviews(500, random.Random(0)):
+    for row in load_data(Args(eval_prompts=0)).demonstrations[:500]:
         assert is_grammatical(row["prompt"], row["chosen"], True)
         ids = tokenizer(row["chosen"])["input_ids"]
         assert tokenizer.decode(ids) == row["chosen"] and len(ids) < 32
 
 
 def test_demonstrations_praise_and_scorn_alike():
-    rows = draw_reviews(2000, random.Random(0))
+    rows = load_data(Args(eval_prompts=0)).demonstrations
     golds = [gold_reward(row["prompt"], row["chosen"], True) for row in rows]
     signs = Counter((gold > 0) - (gold < 0) for gold in golds)
-    assert min(signs[1], signs[-1]) > 500 and abs(signs[1] - signs[-1]) < 150  # 2000 in all
+    assert min(signs[1], signs[-1]) > 5000 and abs(signs[1] - signs[-1]) < 1500  # 20,000 in all
 
 
 @pytest.mark.parametrize("review", [

@@ -6,10 +6,8 @@ Run: python -m pytest tests/test_update.py (10 seconds)
 
 import copy
 import functools
-import itertools
 import json
 import math
-import random
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -35,7 +33,6 @@ from ppo_rlhf import (
     reward_loss,
     set_learning_rates,
     sft_loss,
-    shuffled_minibatches,
     train_step,
     update_policy,
 )
@@ -413,13 +410,6 @@ def test_another_iteration_has_another_order_and_the_same_one_the_same():
     assert torch.equal(first[0], again[0]) and not torch.equal(first[0], other[0])
 
 
-def test_shuffled_minibatches_take_each_row_once_and_the_last_may_be_smaller():
-    rng = random.Random(0)
-    first, second = shuffled_minibatches(5, 2, rng), shuffled_minibatches(5, 2, rng)
-    assert [len(idx) for idx in first] == [2, 2, 1] and first != second
-    assert sorted(itertools.chain(*first)) == sorted(itertools.chain(*second)) == [0, 1, 2, 3, 4]
-
-
 def test_there_are_epochs_times_minibatches_optimizer_steps():
     policy, rollout = setting(update_epochs=3, minibatch_size=4)
     assert len(gradients(policy, rollout)) == 3 * 2
@@ -578,6 +568,13 @@ def test_fit_sees_each_row_once_per_epoch_in_a_new_order():
     rows = [float(i) for i in range(1, 9)]
     used, _, _ = fit_slopes(rows, epochs=2, minibatch_size=4, microbatch_size=2)
     assert sorted(used[:8]) == sorted(used[8:]) == rows and used[:8] != used[8:]
+
+
+def test_the_last_minibatch_of_an_epoch_may_be_smaller():
+    used, _, logged = fit_slopes([1.0, 2.0, 3.0, 4.0, 5.0], epochs=2, minibatch_size=2,
+                                 microbatch_size=2)
+    assert sorted(used[:5]) == sorted(used[5:]) == [1, 2, 3, 4, 5]
+    assert len(logged) == 2 * 3  # of 2, 2 and 1 rows
 
 
 def test_fit_takes_a_step_per_epoch_on_fewer_rows_than_a_minibatch():
