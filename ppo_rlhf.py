@@ -1072,25 +1072,23 @@ class CacheLayer(transformers.cache_utils.DynamicLayer):
 
     def __init__(self, max_len: int):
         super().__init__()
-        self.max_len = max_len
+        self.max_len, self.num_tokens = max_len, 0
+
+    def get_seq_length(self) -> int:
+        """How many tokens are in the cache."""
+        return self.num_tokens
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Append the keys and values of new tokens. Returns: those of all tokens."""
-        start, new = self.get_seq_length(), (key_states, value_states)
-        if start == 0:
+        if self.num_tokens == 0:
             self.lazy_initialization(key_states, value_states)
-            self.buffers = [value_states.new_empty(*x.shape[:2], self.max_len, x.shape[3])
-                            for x in new]  # (batch, heads, max_len, head_dim) each
-        end = start + key_states.shape[2]
-        for buffer, states in zip(self.buffers, new, strict=True):
-            buffer[:, :, start:end] = states
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices):
-        """Drop all rows but those in indices."""
-        self.buffers = [buffer[indices] for buffer in self.buffers]
-        self.keys, self.values = (x[:, :, : self.keys.shape[2]] for x in self.buffers)
+            self.keys, self.values = (  # (batch, heads, max_len, head_dim) each
+                value_states.new_empty(*x.shape[:2], self.max_len, x.shape[3])
+                for x in (key_states, value_states))
+        start, self.num_tokens = self.num_tokens, self.num_tokens + key_states.shape[2]
+        self.keys[:, :, start : self.num_tokens] = key_states
+        self.values[:, :, start : self.num_tokens] = value_states
+        return self.keys[:, :, : self.num_tokens], self.values[:, :, : self.num_tokens]
 
 
 # Several processes --------------------------------------------------------------------------------
