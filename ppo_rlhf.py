@@ -1356,9 +1356,9 @@ def load_data(args: Args) -> Data:
     for part in (rows, demonstrations):
         distinct = list(dict.fromkeys(map(prompt_key, part)))
         num_held_out = min(args.eval_prompts, len(distinct) // 4)
-        if part is rows and num_held_out < args.eval_prompts:
-            refuse(f"{flag(args, 'eval_prompts')} is more than a quarter of the distinct prompts "
-                   f"of {flag(args, 'dataset')}; give {num_held_out} or fewer.")
+        refuse(part is rows and num_held_out < args.eval_prompts,
+               f"{flag(args, 'eval_prompts')} is more than a quarter of the distinct prompts "
+               f"of {flag(args, 'dataset')}; give {num_held_out} or fewer.")
         if not keys & set(distinct):  # nothing of this part is held out yet
             keys |= set(random.Random(args.seed).sample(distinct, num_held_out))
     # Drop the answers, then duplicate rows. Rows that differ in another column stay.
@@ -1373,12 +1373,12 @@ def load_data(args: Args) -> Data:
                 side = data.held_out if prompt_key(row) in keys else data
                 getattr(side, name).append(row)
     data.held_out.prompts = list({prompt_key(x): x for x in data.held_out.prompts}.values())
-    if not data.demonstrations and (args.sft_epochs > 0 or args.ptx_coef > 0):
-        refuse(f"{flag(args, 'dataset')} has no demonstrations for {flag(args, 'sft_epochs')} and "
-               f"{flag(args, 'ptx_coef')}; give --sft-dataset, or set both to 0.")
-    if trains_reward_model(args) and not data.comparisons and args.dataset != "reviews":
-        refuse(f"{flag(args, 'dataset')} has no comparisons to train a reward model on; give "
-               "--reward-model or --reward-fn.")
+    refuse(not data.demonstrations and (args.sft_epochs > 0 or args.ptx_coef > 0),
+           f"{flag(args, 'dataset')} has no demonstrations for {flag(args, 'sft_epochs')} and "
+           f"{flag(args, 'ptx_coef')}; give --sft-dataset, or set both to 0.")
+    scored = data.comparisons or args.reward_model or args.reward_fn or args.dataset == "reviews"
+    refuse(not scored, f"{flag(args, 'dataset')} has no comparisons to train a reward model on; "
+           "give --reward-model or --reward-fn.")
     return data
 
 
@@ -1443,21 +1443,20 @@ def load_policy(folder: Path | str | None, args: Args) -> Policy:
     context = getattr(lm.config.get_text_config(), "max_position_embeddings", 10**9)
     if args.max_prompt_len is None:
         args.max_prompt_len = max(1, min(512, context - args.response_len))
-    if tokenizer.eos_token is None:
-        refuse(f"--policy-model {folder}: its tokenizer has no EOS; give a model that has one.")
-    if args.max_prompt_len + args.response_len > context:
-        refuse(f"{flag(args, 'max_prompt_len')} + {flag(args, 'response_len')} exceed the model's "
-               f"context of {context} tokens; lower one of them.")
+    refuse(tokenizer.eos_token is None,
+           f"--policy-model {folder}: its tokenizer has no EOS; give a model that has one.")
+    refuse(args.max_prompt_len + args.response_len > context,
+           f"{flag(args, 'max_prompt_len')} + {flag(args, 'response_len')} exceed the model's "
+           f"context of {context} tokens; lower one of them.")
     policy = Policy(lm, tokenizer, args).to(args.device)
     with torch.no_grad(), policy.autocast():
         ids = torch.arange(8, device=args.device).unsqueeze(0)
-        mask = torch.ones_like(ids)
-        own = lm(input_ids=ids, attention_mask=mask).logits
-        found = policy.logits(policy.states(lm.base_model, ids, mask), 1.0)
-        error = (found - own).index_fill(-1, policy.banned_ids, 0.0)
-    if error.abs().max() > 0.1 * own.std():
-        refuse(f"--policy-model {folder}: its logits are more than an output layer of its hidden "
-               "states (some models scale them); give another model.")
+        own = lm(ids).logits
+        found = policy.logits(policy.states(lm.base_model, ids, torch.ones_like(ids)), 1.0)
+        error = (found - own).index_fill(-1, policy.banned_ids, 0.0).abs().max()
+    refuse(error > 0.1 * own.std(),
+           f"--policy-model {folder}: its logits are more than an output layer of its hidden "
+           "states (some models scale them); give another model.")
     return policy
 
 
@@ -1587,9 +1586,9 @@ def try_given_models(data: Data, args: Args) -> list:
         sources.append(source)
         if isinstance(source, RewardModel):
             print_example(source, prompts[0], responses[0])
-    if dense and args.score_norm not in (None, "none"):
-        refuse(f"{flag(args, 'score_norm')} needs one score per response, and "
-               f"{flag(args, 'reward_fn')} returns one per token; use --score-norm none.")
+    refuse(dense and args.score_norm not in (None, "none"),
+           f"{flag(args, 'score_norm')} needs one score per response, and "
+           f"{flag(args, 'reward_fn')} returns one per token; use --score-norm none.")
     several = len(sources) > 1  # their scores may have other units
     args.score_norm = args.score_norm or ("none" if dense else "sft" if several else "center")
     return sources
@@ -1598,10 +1597,11 @@ def try_given_models(data: Data, args: Args) -> list:
 # Settings -----------------------------------------------------------------------------------------
 
 
-def refuse(message: str) -> NoReturn:
-    """End the run with exit status 2 and one sentence that names flag, value and remedy."""
-    print(f"ppo_rlhf.py: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def refuse(condition, message: str) -> None:
+    """If condition holds: exit status 2 and one sentence that names flag, value and remedy."""
+    if condition:
+        print(f"ppo_rlhf.py: {message}", file=sys.stderr)
+        raise SystemExit(2)
 
 
 @contextlib.contextmanager
@@ -1611,7 +1611,7 @@ def refusing(flag_name: str, value, remedy: str):
         yield
     except Exception as error:
         reason = f"{type(error).__name__}: {error.__cause__ or error}".split("\n")[0]
-        refuse(f"{flag_name} {value} cannot be used ({reason}); {remedy}.")
+        refuse(True, f"{flag_name} {value} cannot be used ({reason}); {remedy}.")
 
 
 # A condition, the condition in words, and the settings that must meet it (or be None).
@@ -1638,18 +1638,14 @@ def flag(args: Args, name: str) -> str:
     return f"--{name.replace('_', '-')} {value}"
 
 
-def trains_reward_model(args: Args) -> bool:
-    """Whether stage 2 runs."""
-    return not args.reward_model and args.reward_fn is None
-
-
 def resolve_args(args: Args) -> Args:
     """Refuse settings that cannot work, and fill in those that follow from others."""
     for holds, wanted, names in RANGES:
         for name in names.split():
-            if getattr(args, name) is not None and not holds(getattr(args, name)):
-                refuse(f"{flag(args, name)} is out of range; it must be {wanted}.")
+            refuse(getattr(args, name) is not None and not holds(getattr(args, name)),
+                   f"{flag(args, name)} is out of range; it must be {wanted}.")
     embedded, scratch = args.dataset == "reviews", args.policy_model is None
+    given = args.reward_model or args.reward_fn  # then stage 2 has nothing to train
     learning_rate = args.learning_rate or (1e-4 if scratch else 3e-6)
     data_name, start = Path(args.dataset).name.split(".")[0], time.strftime("%Y%m%d-%H%M%S")
     defaults = {
@@ -1662,52 +1658,47 @@ def resolve_args(args: Args) -> Args:
         "critic_learning_rate": 10 * learning_rate,
         # Most gradients of a large model are below 1e-5, which would shorten its steps.
         "adam_eps": 1e-5 if scratch else 1e-8,
-        "score_norm": "sft" if trains_reward_model(args) else None,  # else try_given_models decides
+        "score_norm": None if given else "sft",  # try_given_models decides for given ones
         "microbatch_size": -(-args.minibatch_size // processes()[1]),  # rounded up
         "run_name": None if args.resume else f"{data_name}__{args.seed}__{start}",
     }
     args = replace(args, **{x: y for x, y in defaults.items() if getattr(args, x) is None})
     num_processes, output_dir = processes()[1], Path(args.output_dir).resolve()
-    run_dir = Path(output_dir, args.run_name or "").resolve()
+    run, run_dir = flag(args, "run_name"), Path(output_dir, args.run_name or "").resolve()
     for whole, part in (("total_episodes", "batch_size"), ("batch_size", "minibatch_size")):
-        if getattr(args, whole) % getattr(args, part):
-            refuse(f"{flag(args, whole)} is not a multiple of {flag(args, part)}; change one.")
-    for contradiction, message in (
-        (scratch and not embedded,
-         f"{flag(args, 'dataset')} needs a --policy-model; only reviews can start from a new one."),
-        (args.kl_target is not None and args.kl_coef == 0,
-         f"{flag(args, 'kl_target')} scales --kl-coef, and 0 stays 0; set --kl-coef above 0."),
-        (args.kl_target is not None and args.batch_size > args.kl_horizon,
-         f"{flag(args, 'kl_horizon')} is shorter than a batch; give at least --batch-size."),
-        (args.kl_in == "loss" and args.kl_estimator == "k1",
-         "--kl-in loss with --kl-estimator k1 has zero gradient in expectation; use k2 or k3."),
-        (args.reward_model and args.reward_fn is not None,
-         f"{flag(args, 'reward_fn')} and {flag(args, 'reward_model')}: drop one of them."),
-        (args.sft_epochs == 0 and scratch,
-         "--sft-epochs 0 leaves a random policy; give the SFT model as --policy-model."),
-        (args.reward_epochs == 0 and trains_reward_model(args),
-         "--reward-epochs 0 leaves a random reward model; give --reward-model or --reward-fn."),
-        (args.device == "cuda" and not torch.cuda.is_available(),
-         "--device cuda: PyTorch finds no CUDA device; use --device cpu."),
-        (args.num_reward_models > 1 and not trains_reward_model(args),
-         f"{flag(args, 'num_reward_models')} trains them, and a --reward-model or --reward-fn is "
-         "given; drop one of them."),
-        (args.minibatch_size < num_processes or 0 < args.eval_prompts < num_processes,
-         f"{flag(args, 'minibatch_size')} or {flag(args, 'eval_prompts')} is less than the "
-         f"{num_processes} processes; start fewer."),
-        (args.resume and args.run_name is None, "--resume needs the --run-name to go on with."),
-        (args.run_name is not None and output_dir not in run_dir.parents,
-         f"{flag(args, 'run_name')} is not a folder in {args.output_dir}; choose another name."),
-        (run_dir.exists() and not args.resume,
-         f"{flag(args, 'run_name')} exists in {args.output_dir}; choose another, or --resume."),
-        (args.resume and not run_dir.exists(),
-         f"{flag(args, 'run_name')} does not exist in {args.output_dir}; start it without "
-         "--resume."),
-    ):
-        if contradiction:
-            refuse(message)
+        refuse(getattr(args, whole) % getattr(args, part),
+               f"{flag(args, whole)} is not a multiple of {flag(args, part)}; change one.")
+    refuse(scratch and not embedded, f"{flag(args, 'dataset')} needs a --policy-model; only "
+           "reviews can start from a new one.")
+    refuse(args.kl_target is not None and args.kl_coef == 0,
+           f"{flag(args, 'kl_target')} scales --kl-coef, and 0 stays 0; set --kl-coef above 0.")
+    refuse(args.kl_target is not None and args.batch_size > args.kl_horizon,
+           f"{flag(args, 'kl_horizon')} is shorter than a batch; give at least --batch-size.")
+    refuse(args.kl_in == "loss" and args.kl_estimator == "k1",
+           "--kl-in loss with --kl-estimator k1 has zero gradient in expectation; use k2 or k3.")
+    refuse(args.reward_model and args.reward_fn is not None,
+           f"{flag(args, 'reward_fn')} and {flag(args, 'reward_model')}: drop one of them.")
+    refuse(args.sft_epochs == 0 and scratch,
+           "--sft-epochs 0 leaves a random policy; give the SFT model as --policy-model.")
+    refuse(args.reward_epochs == 0 and not given,
+           "--reward-epochs 0 leaves a random reward model; give --reward-model or --reward-fn.")
+    refuse(args.device == "cuda" and not torch.cuda.is_available(),
+           "--device cuda: PyTorch finds no CUDA device; use --device cpu.")
+    refuse(args.num_reward_models > 1 and given,
+           f"{flag(args, 'num_reward_models')} trains them, and a --reward-model or --reward-fn is "
+           "given; drop one of them.")
+    refuse(args.minibatch_size < num_processes or 0 < args.eval_prompts < num_processes,
+           f"{flag(args, 'minibatch_size')} or {flag(args, 'eval_prompts')} is less than the "
+           f"{num_processes} processes; start fewer.")
+    refuse(args.resume and args.run_name is None, "--resume needs the --run-name to go on with.")
+    refuse(args.run_name is not None and output_dir not in run_dir.parents,
+           f"{run} is not a folder in {args.output_dir}; choose another name.")
+    refuse(run_dir.exists() and not args.resume,
+           f"{run} exists in {args.output_dir}; choose another, or --resume.")
+    refuse(args.resume and not run_dir.exists(),
+           f"{run} does not exist in {args.output_dir}; start it without --resume.")
     if args.resume and (read_checkpoint(run_dir) or {}).get("finished"):
-        print(f"{flag(args, 'run_name')} is finished")
+        print(f"{run} is finished")
         raise SystemExit(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return replace(args, device=device if args.device == "auto" else args.device)
@@ -1820,10 +1811,9 @@ class RunLog:
         path, settings = self.run_dir / "args.json", json.loads(json.dumps(asdict(args)))
         if path.exists():
             first = json.loads(path.read_text())
-            if changed := [name for name in settings if settings[name] != first.get(name)
-                           and name not in SAFE]:
-                refuse(f"--resume: the run was started with other settings; give "
-                       f"{', '.join(flag(Args(**first), name) for name in changed)}.")
+            changed = {name for name in settings if settings[name] != first.get(name)} - SAFE
+            remedy = ", ".join(flag(Args(**first), name) for name in sorted(changed))
+            refuse(changed, f"--resume: the run was started with other settings; give {remedy}.")
         elif not self.silent:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             path.with_suffix(".tmp").write_text(json.dumps(settings, indent=1))
