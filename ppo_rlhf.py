@@ -472,9 +472,14 @@ class Policy(nn.Module):
         trunk, weight, bias = self.lm.base_model, 0.0, 0.0
         source, (offset, scale) = score.sources[0], score.norms[0]
         if self.args.critic == "separate":
-            if can_start_critic(source, self):
-                trunk = source.classifier.base_model
-                weight, bias = source.classifier.score.weight / scale, -offset / scale
+            classifier = getattr(source, "classifier", None)  # None: the source is a function
+            # The critic needs a causal model (with a head called score) with the policy's tokens
+            # and enough context.
+            if (isinstance(getattr(classifier, "score", None), nn.Linear)
+                    and self.tokenizer.get_vocab().items() <= source.tokenizer.get_vocab().items()
+                    and context_len(source) >= self.args.max_prompt_len + self.args.response_len):
+                trunk = classifier.base_model
+                weight, bias = classifier.score.weight / scale, -offset / scale
             self.trunk = copy.deepcopy(trunk).requires_grad_(True)
         self.value_head = nn.Linear(trunk.config.get_text_config().hidden_size, 1)
         self.value_head.weight.data[:] = weight
@@ -1415,15 +1420,12 @@ def load_model(flag_name: str, folder, kind: str, args: Args, new_head: bool = F
         if missing := set(info["missing_keys"]) - ({"score.weight"} if new_head else set()):
             raise ValueError(f"it has no weights for {', '.join(sorted(missing))}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        num_embeddings = model.get_input_embeddings().num_embeddings
-        if len(tokenizer) > num_embeddings:
-            raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its embedding "
-                             f"{num_embeddings}")
+        num_tokens, num_rows = len(tokenizer), model.get_input_embeddings().num_embeddings
+        if num_tokens > num_rows:
+            raise ValueError(f"its tokenizer has {num_tokens} tokens, its embedding {num_rows}")
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     if args.gradient_checkpointing:
-        name = "activation_checkpointing_enable"  # its name in recent versions of transformers
-        enable = getattr(model, name, model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model.to(args.device).eval(), tokenizer
 
 
@@ -1504,16 +1506,6 @@ class RewardFunction:
                 raise ValueError(f"it returned {score} for {response!r} of {len(strings)} tokens")
             found.append(numbers)
         return found
-
-
-def can_start_critic(source: RewardModel | RewardFunction, policy: Policy) -> bool:
-    """Whether a source of scores is a causal model with the policy's tokens and enough context."""
-    seq_len = policy.args.max_prompt_len + policy.args.response_len
-    return (isinstance(source, RewardModel)
-            # transformers calls the head of causal classifiers score.
-            and isinstance(getattr(source.classifier, "score", None), nn.Linear)
-            and policy.tokenizer.get_vocab().items() <= source.tokenizer.get_vocab().items()
-            and context_len(source) >= seq_len)
 
 
 def context_len(reward_model: RewardModel) -> int:
@@ -1782,22 +1774,17 @@ def sample_text(records: list[dict]) -> str:
 
 def now(device: str) -> float:
     """Wall-clock time in seconds, when the device has finished its work."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+    torch.get_device_module(device).synchronize()
     return time.perf_counter()
 
 
-# What --resume may change; the microbatches change rounding only.
-SAFE = {"resume", "save_interval", "eval_interval", "output_dir", "microbatch_size"}
-
-
-def read_checkpoint(run_dir: Path, device: str = "cpu") -> dict | None:
+def read_checkpoint(run_dir: Path) -> dict | None:
     """What save_checkpoint has written, or None if there is nothing yet."""
     path = run_dir / "checkpoint.pt"
     if not path.exists():
         return None
     with refusing("--resume", path, "delete it to start stage 3 again"):
-        return torch.load(path, map_location=device, weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 class RunLog:
@@ -1806,12 +1793,15 @@ class RunLog:
 
     def __init__(self, args: Args):
         self.args, self.run_dir, self.writer = args, Path(args.output_dir, args.run_name), None
-        self.silent, self.interrupted, self.handler = processes()[0] > 0, False, None
-        self.history, self.warned = [], False  # [metrics, samples] of each iteration of PPO
+        self.interrupted, self.handler = False, signal.getsignal(signal.SIGINT)
+        self.silent, self.warned = processes()[0] > 0, False
+        self.history = []  # [metrics, samples] of each iteration of PPO
         path, settings = self.run_dir / "args.json", json.loads(json.dumps(asdict(args)))
         if path.exists():
             first = json.loads(path.read_text())
-            changed = {name for name in settings if settings[name] != first.get(name)} - SAFE
+            # What --resume may change; the microbatches change rounding only.
+            safe = {"resume", "save_interval", "eval_interval", "output_dir", "microbatch_size"}
+            changed = {name for name in settings if settings[name] != first.get(name)} - safe
             remedy = ", ".join(flag(Args(**first), name) for name in sorted(changed))
             refuse(changed, f"--resume: the run was started with other settings; give {remedy}.")
         elif not self.silent:
@@ -1827,35 +1817,32 @@ class RunLog:
               f"{args.minibatch_size}, in microbatches of {args.microbatch_size}")
 
     def start(self, stage: str) -> None:
-        """The curves of a stage go to an event file of its own, instead of that of a killed run."""
+        """Begin an event file for the curves of a stage; delete what a killed run has logged."""
         from torch.utils.tensorboard import SummaryWriter
 
         if not self.silent:
             self.close()
-            for path in self.run_dir.glob(f"events.*.{stage}"):
-                path.unlink()
+            for pattern in (f"events.*.{stage}", "metrics.jsonl", "samples.jsonl"):
+                for path in self.run_dir.glob(pattern):
+                    path.unlink()
             self.writer = SummaryWriter(str(self.run_dir), filename_suffix=f".{stage}")
 
     def close(self) -> None:
         """Complete the file of curves; Ctrl-C does again what it did before."""
         if self.writer is not None:
             self.writer.close()
-        if self.handler is not None:
-            signal.signal(signal.SIGINT, self.handler)
+        signal.signal(signal.SIGINT, self.handler)
 
     def start_ppo(self) -> dict | None:
         """Returns: the last checkpoint, or None. What was logged after it is forgotten.
 
         From now on Ctrl-C waits for the end of an iteration."""
         self.start("ppo")
-        saved = read_checkpoint(self.run_dir, self.args.device)
-        if not self.silent:
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                (self.run_dir / name).write_text("")
+        saved = read_checkpoint(self.run_dir)
         for metrics, samples in saved["history"] if saved else []:
             self.write(metrics, samples)
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as under nohup
-            self.handler = signal.signal(signal.SIGINT, self.interrupt)
+        if self.handler is not signal.SIG_IGN:  # as under nohup
+            signal.signal(signal.SIGINT, self.interrupt)
         return saved
 
     def save_checkpoint(self, learners: dict, **state) -> None:
@@ -1878,9 +1865,8 @@ class RunLog:
 
     def say_how_to_go_on(self) -> NoReturn:
         """Print the command that continues the run, and end it."""
-        launcher = "python"
-        if dist.is_initialized():
-            launcher = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+        size = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
+        launcher = f"torchrun --nproc-per-node {size}" if size else "python"
         words = [*sys.argv, "--run-name", self.args.run_name, "--resume"]
         print(f"ppo          saved; go on with: {launcher} {shlex.join(words)}")
         raise SystemExit(130)
