@@ -1439,7 +1439,7 @@ def load_policy(folder: Path | str | None, args: Args) -> Policy:
             hidden_act="relu", rotary_pct=1.0, attention_dropout=0.0, hidden_dropout=0.0,
             max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-        lm = transformers.AutoModelForCausalLM.from_config(config).to(args.device).eval()
+        lm = transformers.AutoModelForCausalLM.from_config(config).eval()
     else:
         lm, tokenizer = load_model("--policy-model", folder, "ForCausalLM", args)
     context = getattr(lm.config.get_text_config(), "max_position_embeddings", 10**9)
@@ -1451,6 +1451,11 @@ def load_policy(folder: Path | str | None, args: Args) -> Policy:
            f"{flag(args, 'max_prompt_len')} + {flag(args, 'response_len')} exceed the model's "
            f"context of {context} tokens; lower one of them.")
     policy = Policy(lm, tokenizer, args).to(args.device)
+    # `generate` of the saved model samples what PPO trained: no top-p, no penalty, no PAD.
+    lm.generation_config = transformers.GenerationConfig(
+        do_sample=True, temperature=args.temperature, top_k=0, top_p=1.0,
+        eos_token_id=policy.eos_ids.tolist(), pad_token_id=policy.pad_id,
+        bos_token_id=tokenizer.bos_token_id, suppress_tokens=policy.banned_ids.tolist() or None)
     with torch.no_grad(), policy.autocast():
         ids = torch.arange(8, device=args.device).unsqueeze(0)
         own = lm(ids).logits
@@ -1513,9 +1518,8 @@ def context_len(reward_model: RewardModel) -> int:
     classifier = reward_model.classifier
     limit = getattr(classifier.config.get_text_config(), "max_position_embeddings", 0) or 10**9
     embeddings = getattr(classifier.base_model, "embeddings", None)
-    if hasattr(embeddings, "padding_idx"):  # RoBERTa's positions start at padding_idx + 1
-        limit -= embeddings.padding_idx + 1
-    return min(limit, reward_model.tokenizer.model_max_length)
+    first = getattr(embeddings, "padding_idx", -1) + 1  # where RoBERTa's positions start
+    return min(limit - first, reward_model.tokenizer.model_max_length)
 
 
 def print_example(reward_model: RewardModel, prompt: str | list[dict], response: str) -> None:
@@ -1525,23 +1529,14 @@ def print_example(reward_model: RewardModel, prompt: str | list[dict], response:
 
 
 def save_model(folder: Path, model: Policy | RewardModel) -> None:
-    """Write a model and its tokenizer for transformers' Auto classes.
-
-    They are written beside, then renamed: a folder with this name is complete."""
-    tokenizer = model.tokenizer
+    """Write model and tokenizer beside, then rename: a folder with this name is complete."""
     weights = model.lm if isinstance(model, Policy) else model.classifier
-    if isinstance(model, Policy):
-        # `generate` of the saved model samples what PPO trained: no top-p, no penalty, no PAD.
-        weights.generation_config = transformers.GenerationConfig(
-            do_sample=True, temperature=model.args.temperature, top_k=0, top_p=1.0,
-            eos_token_id=model.eos_ids.tolist(), pad_token_id=model.pad_id,
-            bos_token_id=tokenizer.bos_token_id, suppress_tokens=model.banned_ids.tolist() or None)
     if processes()[0] == 0:
         new, old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
         for rest in (new, old):  # of a run that was killed
             shutil.rmtree(rest, ignore_errors=True)
         weights.save_pretrained(new)
-        tokenizer.save_pretrained(new)
+        model.tokenizer.save_pretrained(new)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
@@ -1834,9 +1829,7 @@ class RunLog:
         signal.signal(signal.SIGINT, self.handler)
 
     def start_ppo(self) -> dict | None:
-        """Returns: the last checkpoint, or None. What was logged after it is forgotten.
-
-        From now on Ctrl-C waits for the end of an iteration."""
+        """Returns: the last checkpoint, or None. From now on Ctrl-C lets an iteration finish."""
         self.start("ppo")
         saved = read_checkpoint(self.run_dir)
         for metrics, samples in saved["history"] if saved else []:
