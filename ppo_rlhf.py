@@ -1425,7 +1425,9 @@ def load_model(flag_name: str, folder, kind: str, args: Args, new_head: bool = F
             raise ValueError(f"its tokenizer has {num_tokens} tokens, its embedding {num_rows}")
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        name = "activation_checkpointing_enable"  # its name in recent versions of transformers
+        enable = getattr(model, name, model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     return model.to(args.device).eval(), tokenizer
 
 
