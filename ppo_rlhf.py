@@ -405,9 +405,9 @@ class Policy(nn.Module):
         """Responses as texts without the final EOS, and as one string for each token.
 
         Special tokens stay in the texts, so that a scorer reads what the policy wrote."""
-        prompt_len = rollout.sequence_ids.shape[1] - rollout.response_mask.shape[1]
-        rows = [ids[mask].tolist() for ids, mask in
-                zip(rollout.sequence_ids[:, prompt_len:], rollout.response_mask, strict=True)]
+        response_ids = rollout.sequence_ids[:, -rollout.response_mask.shape[1] :]
+        rows = [ids[mask].tolist()
+                for ids, mask in zip(response_ids, rollout.response_mask, strict=True)]
         strings = {i: self.tokenizer.decode([i]) for ids in rows for i in set(ids)}
         eos_ids = self.eos_ids.tolist()
         texts = [ids[:-1] if ids[-1] in eos_ids else ids for ids in rows]
@@ -443,13 +443,10 @@ class Policy(nn.Module):
 
         Returns: logprobs, entropies and values of the response tokens, each (batch, response_len),
         0 in the padding."""
-        ids, mask, response_mask = rows.sequence_ids, rows.sequence_mask, rows.response_mask
-        row, column = response_mask.nonzero(as_tuple=True)  # (tokens,) each: the response tokens
-        # Leave out the columns that are padding in all of these rows.
-        first = int(mask.any(dim=0).int().argmax())
-        prompt_len = ids.shape[1] - response_mask.shape[1] - first
-        columns = slice(first, first + prompt_len + int(column.max()) + 1)
-        ids, mask, token = ids[:, columns], mask[:, columns], prompt_len + column
+        used = rows.sequence_mask.any(dim=0)  # columns that are not padding in all of these rows
+        ids, mask = rows.sequence_ids[:, used], rows.sequence_mask[:, used]
+        row, column = rows.response_mask.nonzero(as_tuple=True)  # (tokens,) each: response tokens
+        token = ids.shape[1] - 1 - column.max() + column  # their columns in ids
         # A token is chosen in the state one column before it.
         hidden = self.states(self.lm.base_model, ids, mask)[row, token - 1]  # (tokens, hidden)
         # The numbers of logprobs_and_entropy for these logits and tokens, but in less memory.
@@ -460,7 +457,7 @@ class Policy(nn.Module):
             if self.trunk is not None:
                 hidden = self.states(self.trunk, ids, mask)[row, token - 1]
             values = self.value_head(hidden.float()).squeeze(-1)
-        padded = torch.zeros_like(response_mask, dtype=torch.float32)
+        padded = torch.zeros_like(rows.response_mask, dtype=torch.float32)
         return [padded.index_put((row, column), x) for x in (logprobs, entropies, values)]
 
     def add_critic(self, score: "Score") -> None:
@@ -538,10 +535,9 @@ def sample_responses(policy: Policy, prompts: list, seed: int, args: Args) -> Ro
     chunks = [split_rows(share(x), args.batch_size) for x in (encoded, noise)]
     sampled = join_rows([sample_tokens(policy, rows, u, args.temperature)
                          for rows, u in zip(*chunks, strict=True)], args.device)
-    prompt_len = encoded.sequence_ids.shape[1]
-    seq_len = prompt_len + int(sampled.response_mask.sum(dim=1).max())
-    ids, mask = sampled.sequence_ids[:, :seq_len], sampled.sequence_mask[:, :seq_len]
-    return Rollout(ids, mask, mask[:, prompt_len:], sampled.ended)
+    used = sampled.sequence_mask.any(dim=0)  # all columns, but for those that no response uses
+    ids, mask = sampled.sequence_ids[:, used], sampled.sequence_mask[:, used]
+    return Rollout(ids, mask, mask[:, encoded.sequence_ids.shape[1] :], sampled.ended)
 
 
 @torch.no_grad()
@@ -778,10 +774,8 @@ class Score:
             raw = nn.utils.rnn.pad_sequence(raw, True) if dense else torch.stack(raw)
             found.append((raw - offset) / scale)
         found = torch.stack(found).to(ended.device)  # (sources, batch[, response_len])
-        if len(found) == 1:
-            return found[0], None
-        stds = found.std(dim=0, correction=0)
-        return found.mean(dim=0) - self.ensemble_coef * stds, stds
+        stds = found.std(dim=0, correction=0)  # 0 if there is only one source
+        return found.mean(dim=0) - self.ensemble_coef * stds, stds if len(found) > 1 else None
 
     def measure(self, policy: Policy, rows: list[dict], args: Args) -> None:
         """Measure the scores of SFT responses; set offset and scale of each source."""
@@ -817,8 +811,8 @@ def train_sft(data: "Data", args: Args, log: "RunLog") -> Path:
     return folder
 
 
-def train_reward_models(sft: Path | str, data: "Data", args: Args, log: "RunLog") -> list[Path]:
-    """Stage 2: Bradley–Terry on comparisons. Returns: the folders of the reward models.
+def train_reward_models(sft: Path | str, data: "Data", args: Args, log: "RunLog") -> list:
+    """Stage 2: Bradley–Terry on comparisons. Returns: the reward models, frozen.
 
     Those of an ensemble differ in their new heads and in the order of the data."""
     folders = [log.run_dir / ("reward_model" if number == 1 else f"reward_model_{number}")
@@ -837,7 +831,7 @@ def train_reward_models(sft: Path | str, data: "Data", args: Args, log: "RunLog"
             accuracy = held_out_mean(reward_model, reward_loss, "accuracy", comparisons, args)
             log.result(f"{folder.name}/held_out_accuracy", accuracy)
         save_model(folder, reward_model)
-    return folders
+    return [load_reward_model(folder, args) for folder in folders]
 
 
 def train_ppo(sft: Path | str, score: Score, data: "Data", args: Args, log: "RunLog") -> None:
@@ -847,26 +841,25 @@ def train_ppo(sft: Path | str, score: Score, data: "Data", args: Args, log: "Run
     saved = log.start_ppo()  # the last checkpoint; None, unless --resume finds one
     if saved is None:
         score.measure(policy, prompt_batch(data.prompts, 1, 2 * args.batch_size, args.seed), args)
-    score.norms = saved["score_norms"] if saved else score.norms
+        kl_coef, done = args.kl_coef, 0
+        before = evaluate(policy, reference, score, data.held_out, args)
+    else:
+        kl_coef, done, before = saved["kl_coef"], saved["iteration"], saved["before"]
+        score.norms = saved["score_norms"]
     policy.add_critic(score)
     critic = [x for name, x in policy.named_parameters() if not name.startswith("lm.")]
     optimizer = torch.optim.Adam(
         [{"params": list(policy.lm.parameters()), "peak": args.learning_rate},
          {"params": critic, "peak": args.critic_learning_rate}], eps=args.adam_eps, fused=True)
-    kl_coef, done = args.kl_coef, 0
     learners = {"policy": policy, "reference": reference.lm, "optimizer": optimizer}
-    if saved is None:
-        before = evaluate(policy, reference, score, data.held_out, args)
-    else:
+    if saved is not None:
         for name, learner in learners.items():
             learner.load_state_dict(saved[name])
-        kl_coef, done, before = saved["kl_coef"], saved["iteration"], saved["before"]
     save_model(folder := log.run_dir / "policy", policy)
 
     for iteration in range(done + 1, log.num_iterations + 1):
         times = [now(args.device)]
-        set_learning_rates(optimizer, iteration, log.num_iterations, args.lr_warmup,
-                           args.anneal_lr)
+        set_learning_rates(optimizer, iteration, log.num_iterations, args.lr_warmup, args.anneal_lr)
         rows = prompt_batch(data.prompts, iteration, args.batch_size, args.seed)
         seed = 1_000_003 * args.seed + iteration  # depends on --seed and iteration only
         rollout = collect_rollout(policy, reference, [row["prompt"] for row in rows], seed, args)
@@ -917,8 +910,7 @@ def main(args: Args) -> None:
     with contextlib.closing(RunLog(args)) as log:
         sft = train_sft(data, args, log) if args.sft_epochs > 0 else args.policy_model
         if not sources:
-            folders = train_reward_models(sft, data, args, log)
-            sources = [load_reward_model(folder, args) for folder in folders]
+            sources = train_reward_models(sft, data, args, log)
         train_ppo(sft, Score(sources, args.ensemble_coef), data, args, log)
 
 

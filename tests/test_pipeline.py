@@ -36,7 +36,6 @@ from ppo_rlhf import (
     gold_reward,
     load_data,
     load_policy,
-    load_reward_model,
     main,
     prompt_batch,
     resolve_args,
@@ -903,7 +902,7 @@ def compared(reviews, review_rows, tmp_path_factory):
     log = SimpleNamespace(args=args, run_dir=folder, result=results.__setitem__, silent=True,
                           start=print, scalars=lambda *x: None)
     reward_model, = train_reward_models(reviews.folder / "sft", data, args, log)
-    return data, data.held_out, results, load_reward_model(reward_model, args)
+    return data, data.held_out, results, reward_model
 
 
 def test_the_reward_model_is_judged_on_samples_to_held_out_prompts(compared):
