@@ -12,7 +12,7 @@ samples (InstructGPT, arXiv 2203.02155, eq. 2):
     J(π) = E[ score(x, y) ] − kl_coef · E[ KL( π(·|x) ‖ π_ref(·|x) ) ],   y ~ π(·|x)
 
 Stage 1  SFT           π_ref: a language model trained by maximum likelihood on demonstrations
-Stage 2  reward model  score(x, y), such that P(y₁ ≻ y₂) = sigmoid(score(x, y₁) − score(x, y₂))
+Stage 2  reward model  score(x, y); P(y₁ preferred to y₂) = sigmoid(score(x, y₁) − score(x, y₂))
 Stage 3  PPO           repeat: sample responses, score them, turn score and KL into one reward per
                        token, estimate advantages (GAE), take a few clipped gradient steps
 
@@ -27,14 +27,14 @@ A response is an episode, a token is an action, the tokens so far are the state.
     rewards        one number per token: minus the KL penalty, and at the last token plus the score
     response_mask  True on the real tokens of a response, its EOS included
 
-PAD fills the unused columns of a row. Masks are made from lengths, not by looking for PAD, so PAD
-may be the same token as EOS; if it is another token, the policy can never sample it. EOS ends a
-response and is its last real token; a response that is cut at the length limit has no EOS. If the
-tokenizer has a BOS, exactly one stands in front of the prompt. Every mean over tokens ignores the
-padding, through a mask.
+PAD fills the unused columns of a row. No mask is made by looking for PAD, so PAD may be the same
+token as EOS; if it is another token, the policy can never sample it. EOS ends a response and is its
+last real token; a response that is cut at the length limit has no EOS. If the tokenizer has a BOS,
+exactly one stands in front of the prompt. Every mean over tokens leaves out the padding.
 
-Part I is RLHF, in reading order. Part II is plumbing: data, files, several processes, checks of the
-settings, logging. With one process, share and gather return what they are given.
+Part I is RLHF, in reading order. Part II is plumbing: data, files, settings, logging, processes. Of
+several processes each works on its share of the rows, then gather joins the results of all; with
+one process, share and gather return what they are given.
 """
 
 import contextlib
@@ -81,12 +81,12 @@ class Args:
     max_prompt_len: int | None = None  # a prompt's last tokens are used [16 reviews, else <= 512]
     response_len: int | None = None  # tokens of the longest response [32 for reviews, else 128]
     eval_prompts: int = 128  # distinct prompts held out for evaluation; 0: no evaluation
-    num_comparisons: int = 6000  # reviews only: pairs of SFT samples that the annotator compares
+    num_comparisons: int = 6000  # reviews only: pairs of SFT samples for the simulated annotator
 
     # Models
     policy_model: str | None = None  # causal language model: Hub id or folder [a small new one]
-    reward_model: tuple[str, ...] = ()  # one classifier, or several as an ensemble; no stage 2
-    reward_fn: str | None = None  # FILE.py:FUNCTION gives the scores; no other file is executed
+    reward_model: tuple[str, ...] = ()  # one, or several as an ensemble; stage 2 is skipped
+    reward_fn: str | None = None  # FILE.py:FUNCTION gives the scores; stage 2 is skipped
     sft_epochs: int = 1  # passes over the demonstrations; 0: skip stage 1
     sft_learning_rate: float | None = None  # of stage 1; falls to 0 [3e-3 new, 1e-5 given model]
     num_reward_models: int = 1  # how many stage 2 trains; several score as an ensemble
@@ -96,7 +96,7 @@ class Args:
     critic: Literal["shared", "separate"] = "shared"  # value head on the policy, or own network
     critic_learning_rate: float | None = None  # of value head and separate critic [10 x policy's]
     # sft: the SFT policy's scores get mean 0 and std 1; center: mean 0; none: raw scores
-    # [sft: trained here or several models; none: a score for each token; else center]
+    # [sft if trained here or several models, none if each token has a score, else center]
     score_norm: Literal["sft", "center", "none"] | None = None
     ref_update_interval: int = 0  # iterations after which policy becomes reference; 0: never
 
@@ -118,13 +118,13 @@ class Args:
     vf_coef: float = 0.5  # weight of the value loss (half the squared error)
     ent_coef: float = 0.0  # weight of the entropy bonus, per nat
     max_grad_norm: float = 1.0  # gradients are scaled down to this global norm
-    target_kl: float | None = None  # end an update after an epoch with KL(old ‖ new) above this
-    kl_coef: float = 0.05  # weight of the KL to the reference: score units, or loss, per nat
+    target_kl: float | None = None  # end an update if KL(old ‖ new) is above this: nats per token
+    kl_coef: float = 0.05  # weight of the KL to the reference, per nat
     kl_in: Literal["reward", "loss"] = "reward"  # subtract it from rewards, or add it to the loss
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # use k1 in the reward, k2 or k3 in the loss
     kl_target: float | None = None  # adapt kl_coef until the KL is this: nats per response
     kl_horizon: int = 10_000  # episodes over which the adaptive kl_coef reacts
-    max_kl: float | None = None  # end PPO above this KL: nats per response; the last save counts
+    max_kl: float | None = None  # end PPO above this KL, in nats per response; keep the last save
     norm_advantages: bool = True  # advantages to mean 0 and std 1 over the tokens of the batch
     whiten_rewards: bool = False  # rewards to std 1 over the batch, their mean unchanged
     score_clip: float | None = None  # normalised scores are clipped to ± this
@@ -173,9 +173,7 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 
 def logprobs_and_entropy(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """log p[id] and the entropy H = −Σ p·log p, in nats, of p = softmax(logits).
-
-    H belongs to the whole distribution; −log p of the sampled token only estimates it.
+    """log p[id] and the exact entropy H = −Σ p·log p, in nats, of p = softmax(logits).
 
     Args: logits (..., vocab); ids (...). Returns: logprobs (...), entropies (...)."""
     check_same_shape(logits=logits[..., 0], ids=ids)
@@ -268,9 +266,8 @@ def value_loss(
 ) -> tuple[Tensor, Tensor]:
     """½·E[ max((V − R)², (V_old + clip(V − V_old, ±c) − R)²) ].
 
-    The clip limits how far one batch can move the critic. On control tasks it was found to be of no
-    benefit; most RLHF implementations use it. c is in units of the return: raise it if returns are
-    far above 1.
+    The clip limits how far a batch can move the critic. Most RLHF code has it; on control tasks it
+    was found to be of no benefit. c is in units of the return: raise it if returns are far above 1.
 
     Args: (batch, response_len) each; vf_clip_coef is c. Returns: loss; clipfrac, the share of
     tokens whose clipped term is the larger one. Source: OpenAI baselines (ppo2), not the paper."""
@@ -322,7 +319,7 @@ class Rollout:
 
     Response token t is chosen in the state one column before it. Its log-probability and value are
     read there, so the first value is computed from the prompt alone. The last column is padding:
-    whatever stands there must not enter a mean or a sum. Demonstrations have the first 3 fields."""
+    it must not enter a mean or a sum. Prompts and demonstrations have only the first 3 fields."""
 
     sequence_ids: Tensor  # (batch, seq_len)
     sequence_mask: Tensor  # (batch, seq_len), bool
@@ -351,8 +348,7 @@ class Policy(nn.Module):
 
     Only the method states makes position ids; only the method logits applies the temperature and
     forbids PAD. So sampler, old, new and reference log-probabilities belong to one distribution.
-    The model's generation config (top-p, repetition penalty) is ignored: the log-probabilities do
-    not include such options, so the sampler must not use them."""
+    Options of the generation config, such as top-p, are ignored: they would make it another."""
 
     def __init__(self, lm, tokenizer, args: Args):
         super().__init__()
@@ -384,8 +380,7 @@ class Policy(nn.Module):
         response_rows = [[] for _ in prompts]
         if responses is not None:
             encoded = tokenizer(responses, add_special_tokens=False)["input_ids"]
-            # The EOS of a response: the first token after an answer in the chat template if that is
-            # an EOS, else the tokenizer's.
+            # The chat template may close an answer with an EOS of its own: Gemma's <end_of_turn>.
             _, after = frame(tokenizer, prompts[0])
             first = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
             end = next((x for x in first if x in self.eos_ids), tokenizer.eos_token_id)
@@ -441,12 +436,13 @@ class Policy(nn.Module):
     def forward(self, rows: Rollout, temperature: float) -> list[Tensor]:
         """Read prompts with responses, for the rollout and all losses.
 
-        Returns: logprobs, entropies and values of the response tokens, each (batch, response_len),
-        0 in the padding."""
+        Returns: logprobs, entropies, values of the response tokens, each (batch, response_len), 0
+        in the padding; without a critic, all values are 0."""
         used = rows.sequence_mask.any(dim=0)  # columns that are not padding in all of these rows
         ids, mask = rows.sequence_ids[:, used], rows.sequence_mask[:, used]
         row, column = rows.response_mask.nonzero(as_tuple=True)  # (tokens,) each: response tokens
-        token = ids.shape[1] - 1 - column.max() + column  # their columns in ids
+        prompt_len = ids.shape[1] - 1 - column.max()  # the longest response has the other columns
+        token = prompt_len + column  # its column in ids
         # A token is chosen in the state one column before it.
         hidden = self.states(self.lm.base_model, ids, mask)[row, token - 1]  # (tokens, hidden)
         # The numbers of logprobs_and_entropy for these logits and tokens, but in less memory.
@@ -524,9 +520,7 @@ def sample_tokens(policy: Policy, prompts: Rollout, noise: Tensor, temperature: 
 
 
 def sample_responses(policy: Policy, prompts: list, seed: int, args: Args) -> Rollout:
-    """Sample a response to each prompt; drop the columns that no response uses.
-
-    Each process samples its share of the rows; all of them get all rows."""
+    """Sample a response to each prompt. Each process samples its share; all get all rows."""
     encoded = policy.encode(prompts)
     # Drawn on the CPU and for all rows at once: the noise of a row depends on neither device nor
     # the number of processes nor the chunk that the row is in.
@@ -541,12 +535,10 @@ def sample_responses(policy: Policy, prompts: list, seed: int, args: Args) -> Ro
 
 
 @torch.no_grad()
-def collect_rollout(
-    policy: Policy, reference: Policy, prompts: list, seed: int, args: Args
-) -> Rollout:
+def collect_rollout(policy: Policy, reference: Policy, prompts: list, seed: int, args) -> Rollout:
     """Sample a response to each prompt; add log-probabilities (old, ref), entropies, values."""
     sampled = sample_responses(policy, prompts, seed, args)
-    # Without gradients, four times as many rows fit into memory.
+    # Without gradients, more rows fit into memory.
     parts = split_rows(share(sampled), 4 * args.microbatch_size)
     for rows in parts:
         # Old log-probabilities are computed like the new ones in the update, without a cache. The
@@ -563,9 +555,8 @@ def compute_advantages(rollout: Rollout, kl_coef: float, args: Args) -> None:
         scores = scores.clamp(-args.score_clip, args.score_clip)
     kl = kl_penalty(rollout.old_logprobs, rollout.ref_logprobs, args.kl_estimator)
     rewards = token_rewards(scores, kl, mask, kl_coef if args.kl_in == "reward" else 0.0)
-    # A response that is cut at the length limit counts as finished, and its score is lowered (with
-    # a KL of 0, token_rewards puts the penalty on its last token). Ziegler and Stiennon instead
-    # replace its score by −1.
+    # A response that is cut at the length limit counts as finished, but its last token gets a
+    # penalty. Ziegler and Stiennon instead replace its score by −1.
     penalty = args.missing_eos_penalty * (~rollout.ended).float()  # (batch,)
     rewards = rewards - token_rewards(penalty, torch.zeros_like(kl), mask, 0.0)
     if args.whiten_rewards:
@@ -586,7 +577,7 @@ def sft_loss(policy: Policy, rows: Rollout) -> dict[str, Tensor]:
     """−E[ log π(response token | tokens before it) ], in nats; prompt tokens are not trained on."""
     logprobs, _, _ = policy(rows, temperature=1.0)
     loss = -masked_mean(logprobs, rows.response_mask)
-    return {"loss": loss, "sft_loss": loss}
+    return {"loss": loss, "sft_loss": loss}  # train_step multiplies "loss" by --ptx-coef
 
 
 def reward_loss(reward_model: "RewardModel", rows: list[dict]) -> dict[str, Tensor]:
@@ -629,9 +620,8 @@ def train_step(model, optimizer, parts: list[tuple], step_name: str, args: Args)
     """One optimizer step on the sum of coef · loss over parts (loss_fn, rows, coef).
 
     PPO has one part, PPO-ptx two. Each process takes every n-th row, in microbatches that fit into
-    memory. A term is what a loss averages over: a response token, or a comparison. The loss of a
-    microbatch is weighted by its share of all terms: a plain mean over microbatches would give
-    tokens of short responses more weight.
+    memory. A term is what a loss averages over: a response token, or a comparison. A microbatch
+    has its share of all terms as weight, so that all terms count equally.
     Returns: the statistics, means over the terms; for names that end in _max, the maximum.
     Raises: FloatingPointError before the step if a statistic or the gradient is not finite."""
     all_stats, (rank, num_processes) = [], processes()
@@ -648,7 +638,7 @@ def train_step(model, optimizer, parts: list[tuple], step_name: str, args: Args)
     model.eval()
     add_up_gradients(model)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-    all_stats.append({"grad_norm": grad_norm / num_processes})  # its sum over processes
+    all_stats.append({"grad_norm": grad_norm / num_processes})  # summed over processes below
     # One transfer from the device for all statistics.
     numbers = iter(torch.stack([x for part in all_stats for x in part.values()]).tolist())
     all_stats, stats = gather([{name: next(numbers) for name in part} for part in all_stats]), {}
@@ -663,9 +653,7 @@ def train_step(model, optimizer, parts: list[tuple], step_name: str, args: Args)
     return stats
 
 
-def fit(
-    name: str, model, loss_fn: Callable, rows: list, epochs: int, peak: float, seed: int, log
-) -> None:
+def fit(name: str, model, loss_fn: Callable, rows: list, epochs: int, peak: float, seed: int, log):
     """Stages 1 and 2: each epoch visits all rows in a new order; the learning rate falls to 0."""
     args, rng = log.args, random.Random(seed)
     optimizer = torch.optim.Adam([{"params": model.parameters(), "peak": peak}], eps=args.adam_eps,
@@ -716,7 +704,7 @@ def update_policy(
     return stats
 
 
-# Scores: a reward model, or a function of yours ---------------------------------------------------
+# Scores: a reward model, or your own function -----------------------------------------------------
 
 # A source of scores has a method score(rows, responses, tokens, ended): rows of the data (prompts
 # and other columns), responses as texts, their tokens as strings, whether each ended with EOS. It
@@ -726,13 +714,11 @@ def update_policy(
 class RewardModel(nn.Module):
     """A sequence classifier with one output and its own tokenizer: it reads text, not ids."""
 
+    collate = staticmethod(list)  # comparisons stay a list of rows of text
+
     def __init__(self, classifier, tokenizer, args: Args):
         super().__init__()
         self.classifier, self.tokenizer, self.args = classifier, tokenizer, args
-
-    def collate(self, rows: list[dict]) -> list[dict]:
-        """Comparisons stay text; forward encodes them."""
-        return rows
 
     def forward(self, prompts: list, responses: list[str], ended: list | None = None) -> Tensor:
         """Raw scores (rows,). Without ended, responses are cut at the policy's length limit.
@@ -855,7 +841,7 @@ def train_ppo(sft: Path | str, score: Score, data: "Data", args: Args, log: "Run
     if saved is not None:
         for name, learner in learners.items():
             learner.load_state_dict(saved[name])
-    save_model(folder := log.run_dir / "policy", policy)
+    save_model(folder := log.run_dir / "policy", policy)  # --max-kl may end PPO before a save
 
     for iteration in range(done + 1, log.num_iterations + 1):
         times = [now(args.device)]
