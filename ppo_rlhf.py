@@ -360,8 +360,7 @@ class Policy(nn.Module):
         pad_id = tokenizer.pad_token_id
         self.pad_id = tokenizer.eos_token_id if pad_id is None else pad_id
         # The mask would count a sampled PAD as a real token: forbid it, unless it is EOS as well.
-        banned_ids = [] if self.pad_id in eos_ids else [self.pad_id]
-        self.register_buffer("banned_ids", torch.tensor(banned_ids, dtype=torch.long))
+        self.register_buffer("banned_ids", torch.tensor(list({self.pad_id} - eos_ids)).long())
 
     def autocast(self):
         """The context in which matrix products are computed in --dtype."""
@@ -538,8 +537,7 @@ def sample_responses(policy: Policy, prompts: list, seed: int, args: Args) -> Ro
 def collect_rollout(policy: Policy, reference: Policy, prompts: list, seed: int, args) -> Rollout:
     """Sample a response to each prompt; add log-probabilities (old, ref), entropies, values."""
     sampled = sample_responses(policy, prompts, seed, args)
-    # Without gradients, more rows fit into memory.
-    parts = split_rows(share(sampled), 4 * args.microbatch_size)
+    parts = split_rows(share(sampled), 4 * args.microbatch_size)  # without gradients, more fit
     for rows in parts:
         # Old log-probabilities are computed like the new ones in the update, without a cache. The
         # sampler's cache rounds differently: with its numbers the ratio would not start at 1.
@@ -605,10 +603,9 @@ def ppo_loss(policy: Policy, rows: Rollout, kl_coef: float, args: Args) -> dict[
     if args.kl_in == "loss":
         kl = kl_penalty(new_logprobs, rows.ref_logprobs, args.kl_estimator)
         loss = loss + kl_coef * masked_mean(kl, mask)
-    with torch.no_grad():  # what follows is reported, not trained on
-        # KL(old ‖ new): the tokens were sampled by the old policy.
-        approx_kl = masked_mean(kl_penalty(old_logprobs, new_logprobs, "k3"), mask)
-        log_ratio = torch.where(mask, new_logprobs - old_logprobs, 0)
+    # KL(old ‖ new), because the tokens were sampled by the old policy; reported, not trained on.
+    approx_kl = masked_mean(kl_penalty(old_logprobs, new_logprobs, "k3"), mask)
+    log_ratio = torch.where(mask, new_logprobs - old_logprobs, 0)
     # "loss" comes last, so that a number that is not finite is reported under its own name.
     return {"policy_loss": pg_loss, "value_loss": vf_loss, "entropy": mean_entropy,
             "approx_kl": approx_kl, "clipfrac": clipfrac, "vf_clipfrac": vf_clipfrac,
@@ -755,9 +752,8 @@ class Score:
         columns = [share(x) for x in (rows, responses, tokens, ended.tolist())]
         found = []
         for source, (offset, scale) in zip(self.sources, self.norms, strict=True):
-            raw = gather(source.score(*columns))
-            dense = raw[0].dim() == 1
-            raw = nn.utils.rnn.pad_sequence(raw, True) if dense else torch.stack(raw)
+            raw = gather(source.score(*columns))  # each (), or (response_len,) if dense
+            raw = nn.utils.rnn.pad_sequence(raw, True) if raw[0].dim() == 1 else torch.stack(raw)
             found.append((raw - offset) / scale)
         found = torch.stack(found).to(ended.device)  # (sources, batch[, response_len])
         stds = found.std(dim=0, correction=0)  # 0 if there is only one source
