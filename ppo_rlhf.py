@@ -423,7 +423,7 @@ class Policy(nn.Module):
         with self.autocast():
             logits = self.lm.get_output_embeddings()(states).float()
         bound = getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)
-        if bound is not None:  # Gemma 2
+        if bound is not None:  # Gemma 2 does this in its own forward, which is not used here
             logits = bound * torch.tanh(logits / bound)
         if temperature != 1:
             logits = logits / temperature
@@ -616,9 +616,10 @@ def ppo_loss(policy: Policy, rows: Rollout, kl_coef: float, args: Args) -> dict[
 def train_step(model, optimizer, parts: list[tuple], step_name: str, args: Args) -> dict:
     """One optimizer step on the sum of coef · loss over parts (loss_fn, rows, coef).
 
-    PPO has one part, PPO-ptx two. Each process takes every n-th row, in microbatches that fit into
-    memory. A term is what a loss averages over: a response token, or a comparison. A microbatch
-    has its share of all terms as weight, so that all terms count equally.
+    PPO has one part, PPO-ptx two. Each process takes every n-th row, since rows are sorted by
+    length, in microbatches that fit into memory. A term is what a loss averages over: a response
+    token, or a comparison. A microbatch has its share of all terms as weight, so that all terms
+    count equally.
     Returns: the statistics, means over the terms; for names that end in _max, the maximum.
     Raises: FloatingPointError before the step if a statistic or the gradient is not finite."""
     all_stats, (rank, num_processes) = [], processes()
@@ -631,7 +632,7 @@ def train_step(model, optimizer, parts: list[tuple], step_name: str, args: Args)
             found["loss"] = coef * found["loss"]
             (weight * found["loss"]).backward()
             all_stats.append({name: x.detach() if name.endswith("_max") else weight * x.detach()
-                                for name, x in found.items()})
+                              for name, x in found.items()})
     model.eval()
     add_up_gradients(model)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -737,7 +738,8 @@ class RewardModel(nn.Module):
 class Score:
     """(raw score − offset) / scale, with the SFT policy's mean and std (--score-norm).
 
-    Without this, a constant added to all scores would change the run, because V starts at 0.
+    Without this, a constant added to all scores would change the run: V starts at 0, and the
+    critic would first have to learn the constant.
     Several sources are an ensemble: each is normalised, and the score is their mean minus
     ensemble_coef · std. Where the policy exploits an error of one model, the others usually
     disagree, and the std rises. Source: Coste 2023 (2310.02743), which subtracts the variance."""
@@ -840,7 +842,7 @@ def train_ppo(sft: Path | str, score: Score, data: "Data", args: Args, log: "Run
     save_model(folder := log.run_dir / "policy", policy)  # --max-kl may end PPO before a save
 
     for iteration in range(done + 1, log.num_iterations + 1):
-        times = [now(args.device)]
+        times = [now(args.device)]  # begin and ends of rollout, scores and update, for the log
         set_learning_rates(optimizer, iteration, log.num_iterations, args.lr_warmup, args.anneal_lr)
         rows = prompt_batch(data.prompts, iteration, args.batch_size, args.seed)
         seed = 1_000_003 * args.seed + iteration  # depends on --seed and iteration only
