@@ -1291,12 +1291,14 @@ def read_rows(flag_name: str, name: str, split: str, wanted: list[set]) -> list[
     remedy = "give a jsonl(.gz) or parquet file or a Hub id"
     with refusing(flag_name, f"{name} (split {split})", remedy):
         if Path(name).is_file():
+            if Path(name).stat().st_size == 0:
+                raise ValueError("it is empty")
             kind = "parquet" if name.endswith(".parquet") else "json"
             if ".jsonl" in Path(name).suffixes:  # datasets would name the row of an inner block
                 with gzip.open(name) if name.endswith(".gz") else open(name, "rb") as file:
                     for number, line in enumerate(file, start=1):
                         with refusing(flag_name, f"{name}, line {number},", "mend it"):
-                            json.loads(line)
+                            json.loads(line.strip() or "null")  # empty lines do no harm
             data = datasets.load_dataset(kind, data_files=name, split=split)
         else:
             data = datasets.load_dataset(name, split=split)

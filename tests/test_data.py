@@ -138,6 +138,12 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind):
     assert rows_of(path) == rows
 
 
+def test_empty_lines_do_no_harm(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(f"{json.dumps(PAIR)}\n\n{json.dumps(PAIR)}\n  \n")
+    assert rows_of(path) == [PAIR, PAIR]
+
+
 def test_a_slice_of_a_split_gives_its_rows(tmp_path):
     path = write(tmp_path / "data.jsonl", [{**PAIR, "prompt": f"a {i}"} for i in range(9)])
     assert [row["prompt"] for row in rows_of(path, dataset_split="train[2:4]")] == ["a 2", "a 3"]

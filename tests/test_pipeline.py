@@ -1064,7 +1064,7 @@ def test_a_number_that_is_negative_or_not_a_number_is_refused(args, name, capsys
     ({"eval_prompts": 20}, "--eval-prompts 20"),
     ({"response_len": 100}, "--max-prompt-len 4 + --response-len 100"),
     ({"dataset": "nowhere.jsonl"}, "--dataset nowhere.jsonl"),
-    ({"dataset": "{empty}"}, "--dataset {empty}"),
+    ({"dataset": "{empty}"}, "{empty} (split train) cannot be used (ValueError: it is empty"),
     ({"dataset": "{unusable}"}, "--dataset {unusable}"),
     ({"dataset": "{other_columns}"}, "it has columns question, reply"),
     ({"dataset": "{rewards}"}, "--dataset {rewards}"),
