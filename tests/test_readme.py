@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_readme.py (20 seconds)
 """
 
 import ast
+import itertools
 import json
 import re
 import shlex
@@ -68,6 +69,17 @@ def test_the_lines_of_part_1_and_of_the_functions_that_it_counts():
             "compute_advantages", "ppo_loss", "train_step", "update_policy", "train_ppo"]
     said = re.search(r"have (\d+) lines of code.*?it\s+is (\d+)\.", README, re.S)
     assert [int(x) for x in said.groups()] == [sum(map(size, four)), sum(map(size, four + more))]
+
+
+def test_the_lines_of_each_section_are_right():
+    lines = Path(ppo_rlhf.__file__).read_text().splitlines()
+    heads = ("The PPO math", "The policy: ", "Rollout: ", "Scores: ", "Part II: ")
+    starts = [1, *(next(i for i, line in enumerate(lines, 1) if line.startswith(f"# {head}"))
+                   for head in heads)]
+    starts[-1] -= 1  # a rule stands above that heading
+    said = re.findall(r"^\| .* \| (\d+)-(\d+) \| \d+ \|", README, re.M)
+    assert [(int(x), int(y)) for x, y in said] == [
+        (x, y - 1) for x, y in itertools.pairwise(starts)]
 
 
 @pytest.mark.parametrize("module", [ppo_rlhf, ppo_classic])
