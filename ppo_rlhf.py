@@ -1654,8 +1654,9 @@ def resolve_args(args: Args) -> Args:
     refuse(args.num_reward_models > 1 and given,
            f"{flag(args, 'num_reward_models')} trains them, and a --reward-model or --reward-fn is "
            "given; drop one of them.")
-    refuse(args.minibatch_size < num_processes or 0 < args.eval_prompts < num_processes,
-           f"{flag(args, 'minibatch_size')} or {flag(args, 'eval_prompts')} is less than the "
+    smallest = min(args.minibatch_size, args.num_comparisons, args.eval_prompts or num_processes)
+    refuse(smallest < num_processes, f"{flag(args, 'minibatch_size')}, "
+           f"{flag(args, 'num_comparisons')} or {flag(args, 'eval_prompts')} is less than the "
            f"{num_processes} processes; start fewer.")
     refuse(args.resume and args.run_name is None, "--resume needs the --run-name to go on with.")
     refuse(args.run_name is not None and output_dir not in run_dir.parents,
@@ -1810,9 +1811,10 @@ class RunLog:
 
     def start_ppo(self) -> dict | None:
         """Returns: the last checkpoint, or None. From now on Ctrl-C lets an iteration finish."""
-        self.start("ppo")
         saved = read_checkpoint(self.run_dir)
-        for metrics, samples in saved["history"] if saved else []:
+        history = saved["history"] if saved else []
+        self.start("ppo")
+        for metrics, samples in history:
             self.write(metrics, samples)
         if self.handler is not signal.SIG_IGN:  # as under nohup
             signal.signal(signal.SIGINT, self.interrupt)

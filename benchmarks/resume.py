@@ -24,13 +24,13 @@ from pathlib import Path
 
 import common  # benchmarks/common.py
 
-FLAGS = ("--num-comparisons 300 --total-episodes 1920 --batch-size 64 --minibatch-size 32 "
+FLAGS = ("--num-comparisons 300 --total-episodes 2560 --batch-size 128 --minibatch-size 64 "
          "--eval-prompts 16 --save-interval 3 --ref-update-interval 4 --kl-target 2 "
          "--critic separate --device cpu")
 # A function of ppo_rlhf.py, or of a library that it calls, and the number of the fatal call.
 PLACES = {
-    "SFT": ("train_step", 200),
-    "reward model": ("train_step", 628),
+    "SFT": ("train_step", 100),
+    "reward model": ("train_step", 315),
     "rollout": ("sample_tokens", 9),
     "update": ("ppo_loss", 60),
     "checkpoint, not complete": ("os.fsync", 2),
@@ -143,9 +143,12 @@ def main():
     jobs += [{"kill": place, "share": None} for place in PLACES]
     if "--table" not in sys.argv:
         with tempfile.TemporaryDirectory() as folder:
-            begin = time.time()
+            begin, beside = time.time(), tempfile.TemporaryDirectory()
+            other = start(beside.name)  # as the kills, two at a time: it takes as long as they do
             output, _ = start(folder).communicate()
             UNDISTURBED["seconds"] = time.time() - begin
+            other.communicate()
+            beside.cleanup()
             print(output[-1500:])
             UNDISTURBED["run"] = read_run(Path(folder, "run"))
     runs = common.run_missing("resume", jobs, ("kill", "share"), one_run,

@@ -200,8 +200,10 @@ def test_ctrl_c_finishes_the_iteration_saves_and_says_how_to_go_on(
 ):
     args = replace(usual, run_name="ctrl-c")
     monkeypatch.setattr("sys.argv", ["ppo_rlhf.py", "--kl-coef", "0.1"])
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # not so in a background job
     with pytest.raises(SystemExit) as end:
         start(home, args, FIRST + 2, "os.kill(os.getpid(), signal.SIGINT)")
+    signal.signal(signal.SIGINT, handler)
     assert end.value.code == 130 and [row["iteration"] for row in read_metrics(args)] == [1, 2, 3]
     command = "python ppo_rlhf.py --kl-coef 0.1 --run-name ctrl-c --resume"
     assert command in capsys.readouterr().out
