@@ -1438,8 +1438,9 @@ def load_policy(folder: Path | str | None, args: Args) -> Policy:
         bos_token_id=tokenizer.bos_token_id, suppress_tokens=policy.banned_ids.tolist() or None)
     with torch.no_grad(), policy.autocast():
         ids = torch.arange(8, device=args.device).unsqueeze(0)
-        own = lm(ids).logits
-        found = policy.logits(policy.states(lm.base_model, ids, torch.ones_like(ids)), 1.0)
+        mask = torch.ones_like(ids)
+        own = lm(input_ids=ids, attention_mask=mask).logits
+        found = policy.logits(policy.states(lm.base_model, ids, mask), 1.0)
         error = (found - own).index_fill(-1, policy.banned_ids, 0.0).abs().max()
     refuse(error > 0.1 * own.std(),
            f"--policy-model {folder}: its logits are more than an output layer of its hidden "
