@@ -181,7 +181,10 @@ def count_calls(folder, job):
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             self.operators += not function.is_view
-            self.reads += function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero")
+            name = function.overloadpacket.__name__
+            by_mask = name == "index" and any(
+                x is not None and x.dtype == torch.bool for x in args[1])  # calls nonzero inside
+            self.reads += name in ("_local_scalar_dense", "nonzero") or by_mask
             return function(*args, **(kwargs or {}))
 
     calls, tolist = Calls(), torch.Tensor.tolist
