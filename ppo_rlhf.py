@@ -32,9 +32,9 @@ token as EOS; if it is another token, the policy can never sample it. EOS ends a
 last real token; a response that is cut at the length limit has no EOS. If the tokenizer has a BOS,
 exactly one stands in front of the prompt. Every mean over tokens leaves out the padding.
 
-Part I is RLHF, in reading order. Part II is plumbing: data, files, settings, logging, processes. Of
-several processes each works on its share of the rows, then gather joins the results of all; with
-one process, share and gather return what they are given.
+Part I is RLHF, in reading order. Part II is plumbing: data, files, settings, logging, processes. If
+there are several processes, share(rows) gives each its part and gather joins all results; with one
+process, share and gather return what they are given.
 """
 
 import contextlib
@@ -96,7 +96,7 @@ class Args:
     critic: Literal["shared", "separate"] = "shared"  # value head on the policy, or own network
     critic_learning_rate: float | None = None  # of value head and separate critic [10 x policy's]
     # sft: the SFT policy's scores get mean 0 and std 1; center: mean 0; none: raw scores
-    # [sft if trained here or several models, none if each token has a score, else center]
+    # [sft after stage 2 or with several models, none if each token has a score, else center]
     score_norm: Literal["sft", "center", "none"] | None = None
     ref_update_interval: int = 0  # iterations after which policy becomes reference; 0: never
 
@@ -104,7 +104,7 @@ class Args:
     total_episodes: int = 12_800  # responses in all
     batch_size: int = 128  # responses per iteration: one rollout and one update
     minibatch_size: int = 32  # responses per optimizer step; examples per step in stages 1 and 2
-    microbatch_size: int | None = None  # rows in a forward pass [minibatch_size / processes]
+    microbatch_size: int | None = None  # rows in a backward pass [minibatch_size / processes]
     update_epochs: int = 4  # passes over each batch
     learning_rate: float | None = None  # of the policy in PPO [1e-4 new, 3e-6 given model]
     lr_warmup: int = 0  # iterations of linear warm-up
@@ -114,11 +114,11 @@ class Args:
     gamma: float = 1.0  # discount per token
     gae_lambda: float = 0.95  # 0: one reward plus the next value; 1: only the sampled rewards
     clip_coef: float = 0.2  # the ratio is clipped to 1 ± this
-    vf_clip_coef: float = 0.2  # new values are clipped to the old ones ± this, in score units
+    vf_clip_coef: float = 0.2  # new values are clipped to old ± this, in normalised-score units
     vf_coef: float = 0.5  # weight of the value loss (half the squared error)
     ent_coef: float = 0.0  # weight of the entropy bonus, per nat
     max_grad_norm: float = 1.0  # gradients are scaled down to this global norm
-    target_kl: float | None = None  # end an update if KL(old ‖ new) is above this: nats per token
+    target_kl: float | None = None  # end an update if an epoch's KL(old ‖ new) is above: nats/token
     kl_coef: float = 0.05  # weight of the KL to the reference, per nat
     kl_in: Literal["reward", "loss"] = "reward"  # subtract it from rewards, or add it to the loss
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # use k1 in the reward, k2 or k3 in the loss
@@ -128,7 +128,7 @@ class Args:
     norm_advantages: bool = True  # advantages to mean 0 and std 1 over the tokens of the batch
     whiten_rewards: bool = False  # rewards to std 1 over the batch, their mean unchanged
     score_clip: float | None = None  # normalised scores are clipped to ± this
-    missing_eos_penalty: float = 1.0  # subtracted from the score of a response without EOS
+    missing_eos_penalty: float = 1.0  # subtracted from the normalised score if EOS is missing
     ptx_coef: float = 0.0  # weight of the SFT loss added to each step of PPO (PPO-ptx)
 
     # Run
@@ -187,10 +187,10 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") ->
 
     With d = logprobs − ref_logprobs:  k1 = d  (unbiased, may be negative),  k2 = ½·d²  (biased),
     k3 = exp(−d) − 1 + d  (unbiased, never negative).
-    An estimator can measure the KL well and still have the wrong gradient. In the reward, only k1
-    gives the gradient of KL(π ‖ π_ref); k2 and k3 give almost none while π ≈ π_ref. As a loss on
-    the sampling policy, k2 gives the gradient of each token's KL, k3 that of the forward KL
-    KL(π_ref ‖ π), and the expected gradient of k1 is zero.
+    A good estimate of the KL can have the wrong gradient. In the reward it is a constant factor of
+    ∇log π: k1 gives the gradient of KL(π ‖ π_ref), k2 and k3 almost none while π ≈ π_ref. In the
+    loss it is differentiated: while π is still the policy that sampled, k2 gives the gradient of
+    each token's KL, k3 that of the forward KL KL(π_ref ‖ π), and k1 zero in expectation.
 
     Args and result: (batch, response_len). Source: Schulman 2020, joschu.net/blog/kl-approx."""
     check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
@@ -318,8 +318,8 @@ class Rollout:
                                                                         + score
 
     Response token t is chosen in the state one column before it. Its log-probability and value are
-    read there, so the first value is computed from the prompt alone. The last column is padding:
-    it must not enter a mean or a sum. Prompts and demonstrations have only the first 3 fields."""
+    read there, so the first value is computed from the prompt alone. Column 4 of this row is
+    padding and enters no mean or sum. Prompts and demonstrations have only the first 3 fields."""
 
     sequence_ids: Tensor  # (batch, seq_len)
     sequence_mask: Tensor  # (batch, seq_len), bool
@@ -346,9 +346,9 @@ class Rollout:
 class Policy(nn.Module):
     """A causal language model that gives a distribution over responses, and its critic.
 
-    Only the method states makes position ids; only the method logits applies the temperature and
-    forbids PAD. So sampler, old, new and reference log-probabilities belong to one distribution.
-    Options of the generation config, such as top-p, are ignored: they would make it another."""
+    Position ids are made in states() only; the temperature is applied and PAD is forbidden in
+    logits() only. So sampler, old, new and reference log-probabilities belong to one distribution.
+    Options of the generation config, such as top-p, would change it and are ignored."""
 
     def __init__(self, lm, tokenizer, args: Args):
         super().__init__()
@@ -379,7 +379,7 @@ class Policy(nn.Module):
         response_rows = [[] for _ in prompts]
         if responses is not None:
             encoded = tokenizer(responses, add_special_tokens=False)["input_ids"]
-            # The chat template may close an answer with an EOS of its own: Gemma's <end_of_turn>.
+            # Text after a response: chat templates may close it by another EOS (<end_of_turn>).
             _, after = frame(tokenizer, prompts[0])
             first = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
             end = next((x for x in first if x in self.eos_ids), tokenizer.eos_token_id)
@@ -428,7 +428,7 @@ class Policy(nn.Module):
         if temperature != 1:
             logits = logits / temperature
         # PAD gets −1e30 and not −inf, because 0 · −inf in the entropy would be NaN.
-        # Its gradient is 0 anyway; with detach, autograd does not copy all logits.
+        # Its gradient is 0 anyway; with detach, backward need not copy the gradient to set it to 0.
         logits.detach().index_fill_(-1, self.banned_ids, -1e30)
         return logits
 
@@ -437,14 +437,14 @@ class Policy(nn.Module):
 
         Returns: logprobs, entropies, values of the response tokens, each (batch, response_len), 0
         in the padding; without a critic, all values are 0."""
-        used = rows.sequence_mask.any(dim=0)  # columns that are not padding in all of these rows
+        used = rows.sequence_mask.any(dim=0)  # columns with a real token in at least one row
         ids, mask = rows.sequence_ids[:, used], rows.sequence_mask[:, used]
         row, column = rows.response_mask.nonzero(as_tuple=True)  # (tokens,) each: response tokens
-        prompt_len = ids.shape[1] - 1 - column.max()  # the longest response has the other columns
+        prompt_len = ids.shape[1] - 1 - column.max()  # columns before the longest response
         token = prompt_len + column  # its column in ids
         # A token is chosen in the state one column before it.
         hidden = self.states(self.lm.base_model, ids, mask)[row, token - 1]  # (tokens, hidden)
-        # The numbers of logprobs_and_entropy for these logits and tokens, but in less memory.
+        # logprobs_and_entropy(self.logits(hidden), ids of the tokens), in less memory: Part II.
         logprobs, entropies = ChunkedLogprobs.apply(self, temperature, hidden, ids[row, token],
                                                     *self.lm.get_output_embeddings().parameters())
         values = torch.zeros_like(logprobs)
@@ -465,8 +465,8 @@ class Policy(nn.Module):
         source, (offset, scale) = score.sources[0], score.norms[0]
         if self.args.critic == "separate":
             classifier = getattr(source, "classifier", None)  # None: the source is a function
-            # The critic needs a causal model (with a head called score) with the policy's tokens
-            # and enough context.
+            # It can only start from a causal classifier (whose head is called score) that has the
+            # policy's tokens and enough context.
             if (isinstance(getattr(classifier, "score", None), nn.Linear)
                     and self.tokenizer.get_vocab().items() <= source.tokenizer.get_vocab().items()
                     and context_len(source) >= self.args.max_prompt_len + self.args.response_len):
@@ -507,7 +507,7 @@ def sample_tokens(policy: Policy, prompts: Rollout, noise: Tensor, temperature: 
             sequence_ids[active, t] = torch.where(ended[active], policy.pad_id, sampled)
             sequence_mask[active, t] = ~ended[active]  # EOS is a real token, later ones are padding
             ended[active] |= torch.isin(sampled, policy.eos_ids)
-            # Drop the rows that have ended; not after each token: it makes the CPU wait for a GPU.
+            # Every 8 tokens, drop the rows that have ended; each time, the CPU waits for the GPU.
             if (t - prompt_len) % 8 == 7:
                 going = (~ended[active]).nonzero().squeeze(1)
                 if len(going) == 0:
@@ -575,7 +575,7 @@ def sft_loss(policy: Policy, rows: Rollout) -> dict[str, Tensor]:
     """−E[ log π(response token | tokens before it) ], in nats; prompt tokens are not trained on."""
     logprobs, _, _ = policy(rows, temperature=1.0)
     loss = -masked_mean(logprobs, rows.response_mask)
-    return {"loss": loss, "sft_loss": loss}  # train_step multiplies "loss" by --ptx-coef
+    return {"loss": loss, "sft_loss": loss}  # in PPO-ptx, train_step scales "loss" by ptx_coef
 
 
 def reward_loss(reward_model: "RewardModel", rows: list[dict]) -> dict[str, Tensor]:
@@ -606,7 +606,7 @@ def ppo_loss(policy: Policy, rows: Rollout, kl_coef: float, args: Args) -> dict[
     # KL(old ‖ new), because the tokens were sampled by the old policy; reported, not trained on.
     approx_kl = masked_mean(kl_penalty(old_logprobs, new_logprobs, "k3"), mask)
     log_ratio = torch.where(mask, new_logprobs - old_logprobs, 0)
-    # "loss" comes last, so that a number that is not finite is reported under its own name.
+    # train_step raises at the first number that is not finite: "loss" is last, its parts are first.
     return {"policy_loss": pg_loss, "value_loss": vf_loss, "entropy": mean_entropy,
             "approx_kl": approx_kl, "clipfrac": clipfrac, "vf_clipfrac": vf_clipfrac,
             "log_ratio_max": log_ratio.max(), "abs_log_ratio_max": log_ratio.abs().max(),
@@ -616,10 +616,10 @@ def ppo_loss(policy: Policy, rows: Rollout, kl_coef: float, args: Args) -> dict[
 def train_step(model, optimizer, parts: list[tuple], step_name: str, args: Args) -> dict:
     """One optimizer step on the sum of coef · loss over parts (loss_fn, rows, coef).
 
-    PPO has one part, PPO-ptx two. Each process takes every n-th row, since rows are sorted by
-    length, in microbatches that fit into memory. A term is what a loss averages over: a response
-    token, or a comparison. A microbatch has its share of all terms as weight, so that all terms
-    count equally.
+    PPO has one part, PPO-ptx two. Process r of n takes the rows r, r + n, r + 2n, …: PPO sorts rows
+    by length, so all processes get similar lengths. A loss is a mean over terms (response tokens,
+    or comparisons). The loss of a microbatch is weighted by its share of the part's terms, so that
+    all terms count equally.
     Returns: the statistics, means over the terms; for names that end in _max, the maximum.
     Raises: FloatingPointError before the step if a statistic or the gradient is not finite."""
     all_stats, (rank, num_processes) = [], processes()
@@ -652,7 +652,7 @@ def train_step(model, optimizer, parts: list[tuple], step_name: str, args: Args)
 
 
 def fit(name: str, model, loss_fn: Callable, rows: list, epochs: int, peak: float, seed: int, log):
-    """Stages 1 and 2: each epoch visits all rows in a new order; the learning rate falls to 0."""
+    """Stages 1 and 2: each epoch orders the rows anew; the learning rate falls from peak to 0."""
     args, rng = log.args, random.Random(seed)
     optimizer = torch.optim.Adam([{"params": model.parameters(), "peak": peak}], eps=args.adam_eps,
                                  fused=True)
@@ -736,9 +736,9 @@ class RewardModel(nn.Module):
 
 
 class Score:
-    """(raw score − offset) / scale, with the SFT policy's mean and std (--score-norm).
+    """(raw score − offset) / scale; with --score-norm sft, the mean and std of the SFT policy.
 
-    Without this, a constant added to all scores would change the run: V starts at 0, and the
+    Without the offset, a constant added to all scores would change the run: V starts at 0, and the
     critic would first have to learn the constant.
     Several sources are an ensemble: each is normalised, and the score is their mean minus
     ensemble_coef · std. Where the policy exploits an error of one model, the others usually
@@ -798,7 +798,7 @@ def train_sft(data: "Data", args: Args, log: "RunLog") -> Path:
 def train_reward_models(sft: Path | str, data: "Data", args: Args, log: "RunLog") -> list:
     """Stage 2: Bradley–Terry on comparisons. Returns: the reward models, frozen.
 
-    Those of an ensemble differ in their new heads and in the order of the data."""
+    For reviews, SFT samples are labelled first. Models of an ensemble differ in head and order."""
     folders = [log.run_dir / ("reward_model" if number == 1 else f"reward_model_{number}")
                for number in range(1, args.num_reward_models + 1)]
     if args.dataset == "reviews" and not all(folder.exists() for folder in folders):
@@ -938,7 +938,7 @@ def pad_rows(rows: list[list[int]], pad_id: int, side: str, device) -> tuple[Ten
 
 
 def frame(tokenizer, prompt: str | list[dict]) -> tuple[str, str]:
-    """Returns: the text before an answer, and what closes it: EOS, or the chat template's end."""
+    """Returns: the text before a response, and what closes it: EOS, or the chat template's end."""
     if isinstance(prompt, str):
         return prompt, tokenizer.eos_token or tokenizer.sep_token or ""
     messages = [*prompt, {"role": "assistant", "content": "ANSWER"}]
@@ -1010,7 +1010,7 @@ class ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, policy: Policy, temperature: float, states: Tensor, ids: Tensor, *weights):
         """Returns: logprobs and entropies, (tokens,) each."""
-        # The logits of a part have 24 MB (on a GPU, 800 MB); weights[0] is (vocab, hidden).
+        # The logits of a part take 24 MB (on a GPU, 800 MB); weights[0] is (vocab, hidden).
         size = max(1, (6_000_000 if ids.device.type == "cpu" else 200_000_000) // len(weights[0]))
         parts = []
         with policy.autocast():  # around the loop: the weights become bfloat16 once
@@ -1102,7 +1102,7 @@ def share(rows):
 
 
 def gather(items: list) -> list:
-    """The items of all processes, in the order of their numbers; tensors arrive on the CPU."""
+    """The items of all processes, those of process 0 first; tensors arrive on the CPU."""
     if not dist.is_initialized():
         return items
     found = [[] for _ in range(dist.get_world_size())]
@@ -1232,7 +1232,7 @@ def word_tokenizer():
 
 # Your own data ------------------------------------------------------------------------------------
 
-TURN = "\n\nAssistant:"  # begins an answer in hh-rlhf, where a dialogue is one string
+TURN = "\n\nAssistant:"  # begins a response in hh-rlhf, where a dialogue is one string
 CHAT_TEMPLATE = (  # the same format, for tokenizers that have no chat template
     "{% for message in messages %}{% set is_answer = message['role'] == 'assistant' %}"
     "{{ '\n\nAssistant: ' if is_answer else '\n\nHuman: ' }}{{ message['content'] }}"
@@ -1252,11 +1252,11 @@ class Data:
 
 
 def read_row(row: dict) -> dict | None:
-    """Convert a data row to prompt, chosen, rejected (what it has of them); None if unusable.
+    """Convert a data row to prompt, chosen, rejected (those that it has); None if it is unusable.
 
-    In a conversation, the last turn is the answer and everything before it the prompt; chosen and
-    rejected must share the prompt. In two dialogues that are strings (hh-rlhf), the prompt is their
-    common beginning up to an "Assistant:"."""
+    The first column of chosen, completion, messages, text is used. In a conversation, the last turn
+    is the response, the rest the prompt, which chosen and rejected must share. If two dialogues are
+    strings (hh-rlhf), the prompt is their common beginning up to an "Assistant:"."""
     answers = [x for x in ("chosen", "completion", "messages", "text") if x in row][:1]
     answers += ["rejected"] if answers == ["chosen"] and "rejected" in row else []
     prompt, sides = row.get("prompt"), [row[x] for x in answers]
@@ -1307,7 +1307,7 @@ def read_rows(flag_name: str, name: str, split: str, wanted: list[set]) -> list[
                              + ", or ".join("/".join(sorted(columns)) for columns in wanted))
         rows = []
         for row in data.to_list():
-            with contextlib.suppress(AttributeError, KeyError, TypeError):  # of another form
+            with contextlib.suppress(AttributeError, KeyError, TypeError):  # other forms: skip
                 rows.append(read_row(row))
         rows = [row for row in rows if row is not None]
         if not rows:
@@ -1344,7 +1344,7 @@ def load_data(args: Args) -> Data:
                f"of {flag(args, 'dataset')}; give {num_held_out} or fewer.")
         if not keys & set(distinct):  # nothing of this part is held out yet
             keys |= set(random.Random(args.seed).sample(distinct, num_held_out))
-    # Drop the answers, then duplicate rows. Rows that differ in another column stay.
+    # Drop the responses, then duplicate rows. Rows that differ in another column stay.
     prompts = [{x: row[x] for x in row if x not in ("chosen", "rejected")} for row in rows]
     prompts = {json.dumps(row, sort_keys=True, default=str): row for row in prompts}
     data = Data([], [], [], held_out=Data([], [], []))
@@ -1467,7 +1467,7 @@ def load_reward_model(folder: Path | str, args: Args, new_head: bool = False) ->
 
 
 class RewardFunction:
-    """--reward-fn: f(prompts, responses, ...); a further parameter gets the column of its name."""
+    """--reward-fn: f(prompts, responses, ...); others by name: tokens, or a data column."""
 
     def __init__(self, name: str):
         path, _, function_name = name.rpartition(":")
@@ -1527,7 +1527,7 @@ def save_model(folder: Path, model: Policy | RewardModel) -> None:
 
 
 def try_given_models(data: Data, args: Args) -> list:
-    """Load what was given and try it on the data, so that no run fails after hours of training.
+    """Load what was given and try it on the data: a mistake should show now, not after hours.
 
     Returns: the given sources of scores; none if stage 2 is to train them."""
     policy = load_policy(args.policy_model, args)
@@ -1624,7 +1624,7 @@ def resolve_args(args: Args) -> Args:
         "learning_rate": learning_rate,
         # At the policy's rate the critic follows too slowly: explained_variance stays below 0.
         "critic_learning_rate": 10 * learning_rate,
-        # Most gradients of a large model are below 1e-5, which would shorten its steps.
+        # Most gradients of a large model are below 1e-5: such an epsilon would shorten its steps.
         "adam_eps": 1e-5 if scratch else 1e-8,
         "score_norm": None if given else "sft",  # try_given_models decides for given ones
         "microbatch_size": -(-args.minibatch_size // processes()[1]),  # rounded up
@@ -1805,7 +1805,7 @@ class RunLog:
             self.writer = SummaryWriter(str(self.run_dir), filename_suffix=f".{stage}")
 
     def close(self) -> None:
-        """Complete the file of curves; Ctrl-C does again what it did before."""
+        """Complete the file of curves; restore the Ctrl-C handler of before start_ppo."""
         if self.writer is not None:
             self.writer.close()
         signal.signal(signal.SIGINT, self.handler)
@@ -1817,7 +1817,7 @@ class RunLog:
         self.start("ppo")
         for metrics, samples in history:
             self.write(metrics, samples)
-        if self.handler is not signal.SIG_IGN:  # as under nohup
+        if self.handler is not signal.SIG_IGN:  # as in a script's background job (&)
             signal.signal(signal.SIGINT, self.interrupt)
         return saved
 
