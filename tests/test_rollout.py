@@ -925,6 +925,15 @@ def test_the_value_of_the_next_token_is_discounted_by_gamma_and_not_by_lambda():
     assert rollout.advantages[0, :2].tolist() == [0.5, 0]
 
 
+def test_advantages_are_whitened_and_returns_are_not():
+    rollout = scored(1.0, 4.0)  # all values are 0, so returns are the rewards to come
+    rewards(rollout, gae_lambda=1.0, norm_advantages=True)
+    assert rollout.returns.tolist() == [[1, 1, 0], [4, 4, 4]]
+    real = rollout.advantages[rollout.response_mask]
+    assert real.mean().item() == pytest.approx(0.0, abs=1e-5)
+    assert real.std(correction=0).item() == pytest.approx(1.0, abs=1e-5)
+
+
 def test_the_penalty_for_a_missing_eos_is_whitened_with_the_other_rewards():
     rollout = scored(1.0, 4.0)  # the rewards are 0, 1 and 0, 0, 4 − 6
     rewards(rollout, whiten_rewards=True, missing_eos_penalty=6.0)
