@@ -474,7 +474,7 @@ RLHF = [
      'metrics["kl"] > args.max_kl:',
      'metrics["kl"] < args.max_kl:'),
     (None, "the weight of PPO-ptx ignored",
-     'found["loss"] = coef * found["loss"]\n',
+     '            found["loss"] = coef * found["loss"]\n',
      ""),
     (None, "warm-up starts at rate 0",
      "min(1.0, step / max(1, warmup))",

@@ -264,10 +264,15 @@ def test_an_ensemble_leaves_a_model_each_that_differ_and_reports_its_disagreemen
     assert {"reward_model/loss", "reward_model_2/loss"} <= set(curves(run))
 
 
-def test_the_members_of_an_ensemble_see_the_data_in_another_order(runs):
-    run = runs(num_reward_models=2, reward_learning_rate=1e-9)  # so that the losses are comparable
-    one, other = (curves(run)[f"{name}/accuracy"] for name in ("reward_model", "reward_model_2"))
-    assert len(one) == len(other) and one != other
+def test_the_members_of_an_ensemble_see_the_data_in_another_order(runs, folder):
+    # A pair of equal texts has no gradient, whatever the model: with steps of one pair, the steps
+    # without gradient show where those pairs stand in the order.
+    rows = [{"prompt": x, "chosen": "good", "rejected": y} for x in WORDS for y in ("good", "bad")]
+    run = runs(num_reward_models=2, dataset=write_rows(folder / "half_equal.jsonl", rows),
+               minibatch_size=1, batch_size=2, total_episodes=2, update_epochs=1, eval_prompts=0)
+    one, other = ([x < 1e-6 for x in curves(run)[f"{name}/grad_norm"]]
+                  for name in ("reward_model", "reward_model_2"))
+    assert sum(one) == sum(other) == len(one) / 2 and one != other
 
 
 def test_ptx_adds_one_key_to_the_metrics(ppo_runs):
