@@ -168,6 +168,22 @@ def test_a_line_that_was_half_written_is_gone_after_resume(usual, home, undistur
     assert left(args) == undisturbed
 
 
+def test_a_model_that_was_not_written_whole_is_no_finished_stage(
+    usual, home, undisturbed, monkeypatch
+):
+    def full(*_args, **_kwargs):
+        raise OSError("no space left")
+
+    args = replace(usual, run_name="full disk in sft")
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
+    with pytest.raises(OSError, match="no space left"):
+        start(home, args)
+    monkeypatch.undo()
+    assert not (home / args.run_name / "sft").exists()
+    start(home, replace(args, resume=True))
+    assert left(args) == undisturbed
+
+
 def test_a_second_stage_is_not_repeated_and_another_one_is(tiny_args, tmp_path):
     main(replace(tiny_args, num_reward_models=2))
     run_dir = tmp_path / "run"
@@ -205,6 +221,8 @@ def test_ctrl_c_finishes_the_iteration_saves_and_says_how_to_go_on(
         start(home, args, FIRST + 2, "os.kill(os.getpid(), signal.SIGINT)")
     signal.signal(signal.SIGINT, handler)
     assert end.value.code == 130 and [row["iteration"] for row in read_metrics(args)] == [1, 2, 3]
+    saved = torch.load(home / "ctrl-c" / "checkpoint.pt", weights_only=True)
+    assert saved["iteration"] == 3  # not only the one of the second iteration
     command = "python ppo_rlhf.py --kl-coef 0.1 --run-name ctrl-c --resume"
     assert command in capsys.readouterr().out
     start(home, replace(args, resume=True))
