@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_processes.py (60 seconds)
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -81,9 +82,12 @@ def settings(places, output_dir):
 def torchrun(number, script, *arguments):
     """Start a script in so many processes. Returns: the finished torchrun."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with socket.socket() as free:  # the system chooses a port that nobody uses
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(number),
-         "--master-port", str(29600 + number), str(script), *arguments],
+         "--master-port", str(port), str(script), *arguments],
         env=environment, text=True, capture_output=True, timeout=300)
 
 
