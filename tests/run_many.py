@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -17,3 +18,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for settings in json.loads(Path(sys.argv[1]).read_text()):
         main(Args(**settings))
+    dist.destroy_process_group()  # else a thread of gloo may end the process with an error
