@@ -27,13 +27,11 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 import numpy as np
-import torch
+import torch  # gymnasium, tyro, tensorboard are imported where used: the math needs torch alone
 from torch import Tensor, nn
-
-# gymnasium, tyro and tensorboard are imported where they are used: the math needs torch alone.
 
 
 @dataclass
@@ -52,7 +50,7 @@ class Args:
     gamma: float = 0.99  # discount per step
     gae_lambda: float = 0.95  # 0: advantages from the critic (one-step TD error); 1: from rewards
     policy_loss: Literal["clip", "kl-adaptive", "kl-fixed", "none"] = "clip"  # the paper's table 1
-    clip_coef: float = 0.2  # the ratio is clipped to 1 ± this
+    clip_coef: float = 0.2  # actions whose ratio has moved past 1 ± this lose their gradient
     clip_vloss: bool = True  # clip new values to the old ones ± --clip-coef, in units of returns
     kl_beta: float = 1.0  # weight of the KL penalty, per nat; kl-adaptive starts with it
     kl_target: float = 0.01  # KL in nats per action to which kl-adaptive steers each update
@@ -78,12 +76,10 @@ class Args:
         return self.num_envs * self.num_steps
 
 
-DISCRETE = {"total_timesteps": 500_000, "num_envs": 4, "num_steps": 128, "num_minibatches": 4,
-            "update_epochs": 4, "learning_rate": 2.5e-4, "ent_coef": 0.01, "norm_obs": False,
-            "norm_reward": False}
-CONTINUOUS = {"total_timesteps": 1_000_000, "num_envs": 1, "num_steps": 2048, "num_minibatches": 32,
-              "update_epochs": 10, "learning_rate": 3e-4, "ent_coef": 0.0, "norm_obs": True,
-              "norm_reward": True}
+DEFAULTS = {  # for discrete actions, for continuous ones
+    "total_timesteps": (500_000, 1_000_000), "num_envs": (4, 1), "num_steps": (128, 2048),
+    "num_minibatches": (4, 32), "update_epochs": (4, 10), "learning_rate": (2.5e-4, 3e-4),
+    "ent_coef": (0.01, 0.0), "norm_obs": (False, True), "norm_reward": (False, True)}
 
 
 # ==================================================================================================
@@ -135,7 +131,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     One number per action. Source: Schulman, "Approximating KL divergence" (2020), k3."""
     check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
     log_ratio = logprobs - ref_logprobs
-    return torch.exp(-log_ratio) - 1 + log_ratio
+    return torch.expm1(-log_ratio) + log_ratio  # expm1(x) = exp(x) − 1, exact near 0
 
 
 def gae(
@@ -202,8 +198,9 @@ def adaptive_kl_beta(kl_beta: float, observed_kl: float, kl_target: float) -> fl
 
 def explained_variance(returns: Tensor, values: Tensor) -> float:
     """1 − Var(returns − values) / Var(returns): 1 for a perfect critic, 0 for a constant one."""
-    unexplained = (returns - values).var(correction=0)
-    return float(1 - unexplained / (returns.var(correction=0) + 1e-8))
+    unexplained, variance = (returns - values).var(correction=0), returns.var(correction=0)
+    varied = variance > 1e-10 * (returns**2).mean()  # else constant up to rounding: NaN
+    return float(torch.where(varied, 1 - unexplained / variance, math.nan))
 
 
 # ==================================================================================================
@@ -337,7 +334,6 @@ def collect_rollout(agent: ActorCritic, envs, reward_stats: RunningStats, args: 
 
 def update_policy(agent, optimizer, rollout: Rollout, kl_beta, iteration, args: Args) -> dict:
     """Train for a few epochs. Returns: statistics, means over the steps. Source: paper, eqs. 8, 9.
-
     loss = policy loss + vf_coef · value loss − ent_coef · entropy + kl_beta · KL(π_old ‖ π_new)"""
     clip_coef = args.clip_coef if args.policy_loss == "clip" else math.inf
     vf_clip_coef = args.clip_coef if args.clip_vloss else math.inf
@@ -352,14 +348,13 @@ def update_policy(agent, optimizer, rollout: Rollout, kl_beta, iteration, args: 
             new_logprobs, entropies, new_values = agent(obs, actions)  # (minibatch,) each
             pg_loss, clipfrac = policy_loss(new_logprobs, old_logprobs, advantages, clip_coef)
             vf_loss, vf_clipfrac = value_loss(new_values, old_values, returns, vf_clip_coef)
-            mean_entropy = entropies.mean()
-            loss = pg_loss + args.vf_coef * vf_loss - args.ent_coef * mean_entropy
+            loss = pg_loss + args.vf_coef * vf_loss - args.ent_coef * entropies.mean()
             if kl_beta > 0:
                 loss = loss + kl_beta * kl_penalty(old_logprobs, new_logprobs).mean()
             optimizer.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-            stats = {"policy_loss": pg_loss, "value_loss": vf_loss, "entropy": mean_entropy,
+            stats = {"policy_loss": pg_loss, "value_loss": vf_loss, "entropy": entropies.mean(),
                      "clipfrac": clipfrac, "vf_clipfrac": vf_clipfrac, "grad_norm": grad_norm}
             steps.append({name: value.item() for name, value in stats.items()})
             for name, value in steps[-1].items():  # checked before it can get into the weights
@@ -402,9 +397,10 @@ def main(args: Args) -> None:
     log, num_iterations = RunLog(args), args.total_timesteps // args.batch_size
     for iteration in range(1, num_iterations + 1):
         progress = (iteration - 1) / num_iterations if args.anneal_lr else 0.0
-        learning_rate = (1 - progress) * args.learning_rate
-        optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.param_groups[0]["lr"] = learning_rate = (1 - progress) * args.learning_rate
         rollout = collect_rollout(agent, envs, reward_stats, args)
+        if iteration == 1 and not agent.discrete:
+            envs.note_clipping(rollout.actions)
         stats = update_policy(agent, optimizer, rollout, kl_beta, iteration, args)
         if args.norm_obs:  # after the update: old and new log-probabilities need the same inputs
             agent.obs_norm.update(rollout.obs.flatten(0, 1))
@@ -460,6 +456,13 @@ class Envs:
             self.returns[i] = self.lengths[i] = self.reward_sums[i] = 0
         return next_obs, rewards, reward_sums, terminated, truncated
 
+    def note_clipping(self, actions: Tensor) -> None:
+        """Print a note if all draws for one of the actions' dimensions lie outside its bounds."""
+        space, drawn = self.vector_env.single_action_space, actions.flatten(0, 1).cpu().numpy()
+        for i in np.flatnonzero(((drawn <= space.low) | (drawn >= space.high)).all(axis=0))[:1]:
+            print(f"note: action {i} was always clipped to {space.low[i]:g} … {space.high[i]:g} "
+                  "and may never be learnt; rescale it to ± 1 (gymnasium.wrappers.RescaleAction).")
+
 
 def make_env(env_id: str, film: bool = False):
     """One environment whose observations are rows of numbers."""
@@ -468,13 +471,13 @@ def make_env(env_id: str, film: bool = False):
     with refusing("--env-id", f"{env_id}{' with --capture-video' * film}", "choose one of "
                   "gymnasium.pprint_registry() with Discrete or one-dimensional real Box actions, "
                   "or install what it needs (without a display MUJOCO_GL=egl may do)"):
-        env = gymnasium.make(env_id, render_mode="rgb_array" if film else None)
+        env = gymnasium.make(env_id, **({"render_mode": "rgb_array"} if film else {}))
         env = gymnasium.wrappers.FlattenObservation(env)  # also copies: some reuse their array
-        space = env.action_space
+        env = gymnasium.wrappers.TransformReward(env, lambda x: np.asarray(x).item())  # or [x]
+        obs, space = env.observation_space, env.action_space
         is_row = hasattr(space, "low") and len(space.shape) == 1 and space.dtype.kind == "f"
-        fits = is_row or isinstance(space, gymnasium.spaces.Discrete)
-        if env.observation_space.shape is None or not fits:
-            raise TypeError(f"observations {env.observation_space}, actions {space}")
+        if obs.shape is None or not (is_row or isinstance(space, gymnasium.spaces.Discrete)):
+            raise TypeError(f"observations {obs}, actions {space}")
         if film:
             env.reset()
             env.render()
@@ -482,10 +485,11 @@ def make_env(env_id: str, film: bool = False):
     return env
 
 
-def refuse(message: str) -> NoReturn:
-    """End the run with exit status 2 and one sentence that names flag, value and remedy."""
-    print(f"ppo_classic.py: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def refuse(condition, message: str) -> None:
+    """If condition holds, end the run: status 2, one sentence that names flag, value, remedy."""
+    if condition:
+        print(f"ppo_classic.py: {message}", file=sys.stderr)
+        raise SystemExit(2)
 
 
 @contextmanager
@@ -495,14 +499,14 @@ def refusing(flag: str, value, remedy: str):
         yield
     except Exception as error:  # environments, simulators and files fail in many ways
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        refuse(f"{flag} {value} cannot be used ({reason}); {remedy}.")
+        refuse(True, f"{flag} {value} cannot be used ({reason}); {remedy}.")
 
 
 def resolve_args(args: Args) -> Args:
     """Fill in the defaults that depend on the action space, then refuse what cannot work."""
-    is_discrete = make_env(args.env_id, args.capture_video).action_space.shape == ()
+    is_continuous = make_env(args.env_id, args.capture_video).action_space.shape != ()
     run_name = f"{args.env_id.split('/')[-1]}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    defaults = {"run_name": run_name} | (DISCRETE if is_discrete else CONTINUOUS)
+    defaults = {k: x[is_continuous] for k, x in DEFAULTS.items()} | {"run_name": run_name}
     args = replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
     for holds, wanted, names in (
         (lambda x: 0 < x < math.inf, "above 0, and finite",
@@ -511,35 +515,29 @@ def resolve_args(args: Args) -> Args:
         (lambda x: x > 0, "above 0", "max_grad_norm"),
         (lambda x: 0 <= x < math.inf, "0 or more, and finite", "ent_coef vf_coef eval_episodes"),
         (lambda x: 0 <= x < 2**32, "from 0 to 4294967295", "seed"),
-        (lambda x: 0 <= x <= 1, "from 0 to 1", "gamma gae_lambda"),
-    ):
+        (lambda x: 0 <= x <= 1, "from 0 to 1", "gamma gae_lambda")):
         for name in names.split():
-            if (value := getattr(args, name)) is not None and not holds(value):
-                refuse(f"--{name.replace('_', '-')} {value} is out of range; it must be {wanted}.")
-    for contradiction, message in (
-        (args.batch_size % args.num_minibatches,
-         f"--num-minibatches {args.num_minibatches} does not divide a rollout of --num-envs "
-         f"{args.num_envs} x --num-steps {args.num_steps}; choose numbers that divide."),
-        (args.total_timesteps < args.batch_size, "--total-timesteps "
-         f"{args.total_timesteps} is less than one rollout of {args.batch_size}; give more."),
-        (args.device == "cuda" and not torch.cuda.is_available(),
-         "--device cuda: PyTorch finds no CUDA device; use --device cpu."),
-        (args.eval_episodes == 0 and (args.eval_only or args.capture_video),
-         "--eval-episodes 0 leaves --eval-only or --capture-video nothing to do; give 1 or more."),
-    ):
-        if contradiction:
-            refuse(message)
+            refuse((value := getattr(args, name)) is not None and not holds(value),
+                   f"--{name.replace('_', '-')} {value} is out of range; it must be {wanted}.")
+    refuse(args.batch_size % args.num_minibatches,
+           f"--num-minibatches {args.num_minibatches} does not divide a rollout of --num-envs "
+           f"{args.num_envs} x --num-steps {args.num_steps}; choose numbers that divide.")
+    refuse(args.total_timesteps < args.batch_size, f"--total-timesteps {args.total_timesteps} is "
+           f"less than one rollout of {args.batch_size}; give more.")
+    refuse(args.device == "cuda" and not torch.cuda.is_available(),
+           "--device cuda: PyTorch finds no CUDA device; use --device cpu.")
+    refuse(args.eval_episodes == 0 and (args.eval_only or args.capture_video),
+           "--eval-episodes 0 leaves --eval-only or --capture-video nothing to do; give 1 or more.")
     return args
 
 
 def evaluate(agent: ActorCritic, args: Args, run_dir: Path) -> list[float]:
     """Play episodes of at most 10,000 steps with the likeliest actions. Returns: their returns."""
-    import gymnasium
+    from gymnasium.wrappers import RecordVideo, TimeLimit
 
-    env = gymnasium.wrappers.TimeLimit(make_env(args.env_id, args.capture_video), 10_000)
+    env = TimeLimit(make_env(args.env_id, args.capture_video), 10_000)
     if args.capture_video:
-        env = gymnasium.wrappers.RecordVideo(env, str(run_dir / "videos"),
-                                             episode_trigger=lambda i: i < args.eval_episodes)
+        env = RecordVideo(env, str(run_dir / "videos"), lambda i: i < args.eval_episodes)
     envs = Envs([lambda: env], args.seed + 1_000_000, args.gamma)  # a seed far from the training's
     while len(envs.finished) < args.eval_episodes:
         envs.step(agent.act(envs.obs, greedy=True))
@@ -567,6 +565,8 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.run_dir = Path(args.output_dir, args.run_name)
+        refuse(Path(args.output_dir).resolve() not in self.run_dir.resolve().parents,
+               f"--run-name {args.run_name} is no folder below --output-dir; choose a plain name.")
         with refusing("--run-name", args.run_name, "choose another, or another --output-dir"):
             self.run_dir.mkdir(parents=True)
         self.writer, self.start_time = SummaryWriter(str(self.run_dir)), time.perf_counter()
