@@ -418,20 +418,19 @@ class Critic(nn.Module):
         self.head, self.trunk = nn.Linear(hidden_size, 1), trunk
 
 
-def make_critic(policy: Policy, scorer: "Scorer", args: Args) -> Critic:
-    """V starts where the returns are: at the SFT policy's mean score minus mean EOS penalty. From 0
-    it would first have to travel there, while its errors drown the advantages.
+def make_critic(policy: Policy, scorer: "Scorer", mean_return: float, args: Args) -> Critic:
+    """V starts at mean_return, that of the SFT policy. From 0 it would first have to get there,
+    while its errors drown the advantages.
 
     A separate critic starts as the reward model of stage 2, so that V is the normalised score of
     the text so far (as in Stiennon 2020, 2009.01325), or without one as the policy's trunk."""
-    norm, trunk, weight = scorer.norm, None, 0.0
-    bias = norm["mean_score"] - norm["mean_penalty"]
+    trunk, weight, bias = None, 0.0, mean_return
     if args.critic == "separate":
         trunk = policy.lm.base_model
         if not args.reward_model and args.reward_fn is None:
-            classifier, scale = scorer.sources[0].classifier, float(norm["scale"][0])
+            classifier, scale = scorer.sources[0].classifier, float(scorer.scale[0])
             trunk, weight = classifier.base_model, classifier.score.weight.detach().cpu() / scale
-            bias = -float(norm["offset"][0]) / scale - norm["mean_penalty"]
+            bias = -float(scorer.offset[0]) / scale
         trunk = copy.deepcopy(trunk).requires_grad_(True)
     critic = Critic(policy.lm.get_output_embeddings().in_features, trunk)
     critic.head.weight.data[:], critic.head.bias.data[:] = weight, bias
@@ -506,7 +505,7 @@ class Scorer:
 
     def __init__(self, sources: list[Callable], args: Args):
         self.sources, self.args = sources, args  # of scores: RewardModels, or your --reward-fn
-        self.norm = {"offset": torch.zeros(len(sources), 1), "scale": torch.ones(len(sources), 1)}
+        self.offset, self.scale = torch.zeros(len(sources), 1), torch.ones(len(sources), 1)
 
     @torch.no_grad()
     def raw_scores(self, records: list[dict]) -> Tensor:
@@ -515,12 +514,15 @@ class Scorer:
         return torch.stack([torch.cat(gather([source(part).cpu() for part in parts]))
                             for source in self.sources])
 
-    def __call__(self, records: list[dict]) -> tuple[Tensor, Tensor]:
+    def normalise(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Scores, and the std of an ensemble's models: (batch,) each, or (batch, response_len)."""
-        scores = (self.raw_scores(records) - self.norm["offset"]) / self.norm["scale"]
-        std, mean = torch.std_mean(scores, dim=0, correction=0)
-        device = self.args.device
-        return (mean - self.args.ensemble_coef * std).to(device), std.to(device)
+        std, mean = torch.std_mean((raw - self.offset) / self.scale, dim=0, correction=0)
+        return mean - self.args.ensemble_coef * std, std
+
+    def __call__(self, records: list[dict]) -> tuple[Tensor, Tensor]:
+        """The same, from records of responses."""
+        scores, std = self.normalise(self.raw_scores(records))
+        return scores.to(self.args.device), std.to(self.args.device)
 
 
 def compute_advantages(rollout: Rollout, kl_coef: float, args: Args) -> tuple[Tensor, Tensor]:
@@ -654,22 +656,8 @@ def update_policy(
 
 def train_ppo(sft: Path | str, scorer: Scorer, data: "Data", args: Args, log: "RunLog") -> None:
     """Stage 3: PPO from the SFT model, with a frozen copy of it as the reference."""
-    policy, reference = load_policy(sft, args), load_policy(sft, args)
-    folder, path = log.run_dir / "policy", log.run_dir / "checkpoint.pt"
-    state = (torch.load(path, "cpu", weights_only=True, mmap=True) if path.exists() else
-             start_ppo(policy, reference, scorer, data, args))
-    scorer.norm = state["norm"]
-    if state["iteration"] == 0:
-        save_model(folder, policy.lm, policy.tokenizer)
-    policy.critic = make_critic(policy, scorer, args)
-    optimizer = make_optimizer(
-        [{"params": policy.lm.parameters(), "peak": args.learning_rate},
-         {"params": policy.critic.parameters(), "peak": args.critic_learning_rate}], args)
-    learned = {"policy": policy, "reference": reference, "optimizer": optimizer}
-    for name in learned.keys() & state.keys():
-        learned[name].load_state_dict(state[name])
-    log.start("ppo", state["iteration"])
-
+    learned, state = start_or_resume(sft, scorer, data, args, log)
+    policy, reference, optimizer = learned.values()
     kl_coef, num_iterations = state["kl_coef"], args.total_episodes // args.batch_size
     for iteration in range(state["iteration"] + 1, num_iterations + 1):
         times, seed = [time.time()], random.Random(f"{args.seed} {iteration}").getrandbits(60)
@@ -696,12 +684,14 @@ def train_ppo(sft: Path | str, scorer: Scorer, data: "Data", args: Args, log: "R
         if args.ref_update_interval and iteration % args.ref_update_interval == 0:
             reference.lm.load_state_dict(policy.lm.state_dict())
         if iteration % args.save_interval == 0 or iteration == num_iterations:
-            save_model(folder, policy.lm, policy.tokenizer)
-            weights = {name: x.state_dict() for name, x in learned.items()}
-            save_checkpoint(path, state | weights | {"iteration": iteration, "kl_coef": kl_coef})
+            save_model(log.run_dir / "policy", policy.lm, policy.tokenizer)
+            state |= {name: x.state_dict() for name, x in learned.items()}
+            state |= {"iteration": iteration, "kl_coef": kl_coef}
+            save_checkpoint(log.run_dir / "checkpoint.pt", state)
 
-    policy, reference = load_policy(folder, args), load_policy(sft, args)  # as saved; not moved
-    log.before_after(state["before"], evaluate(policy, reference, scorer, data, args))
+    reference = load_policy(sft, args)  # the SFT model, also after --ref-update-interval
+    log.before_after(*(evaluate(load_policy(x, args), reference, scorer, data, args)
+                       for x in (sft, log.run_dir / "policy")))
 
 
 # ==================================================================================================
@@ -927,15 +917,14 @@ def render(tokenizer, prompt: str | list[dict], response: str, ended: bool = Tru
 
 
 def frame(tokenizer, prompt: str | list[dict]) -> tuple[str, str, str]:
-    """What stands around a response: the text that the policy continues, what a template puts
-    between it and the response (a space, an empty thought), and what closes the response."""
+    """Three texts: what the policy continues, what stands before an answer in a whole conversation
+    (less, if the prompt begins the answer; more, if a template adds a thought), what closes it."""
     start = prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(
         prompt, tokenize=False, add_generation_prompt=True)
+    before, _, closing = render(tokenizer, prompt, "ANSWER").rpartition("ANSWER")
     # Tokens begin with the space before their word. So a space at the end of a prompt has to become
     # the first character of the response: in whole texts it is not a token of its own.
-    start = start.rstrip(" ")
-    before, _, closing = render(tokenizer, prompt, "ANSWER").rpartition("ANSWER")
-    return start, before.removeprefix(start), closing
+    return start.rstrip(" "), before, closing
 
 
 def encode_text(tokenizer, text: str) -> list[int]:
@@ -948,7 +937,8 @@ def encode_text(tokenizer, text: str) -> list[int]:
 
 def encode_dialogue(tokenizer, prompt, response: str, eos_ids: list[int]) -> tuple[list, list]:
     """Ids of prompt and response: the whole text is encoded, and the response is what follows the
-    encoded prompt, up to its first EOS. (Encoded apart, its first token could be another.)
+    encoded prompt, up to its first EOS: one of eos_ids, or the first special token in what closes
+    it. (Encoded apart, the first token of a response could be another.)
 
     Raises: ValueError if the ids of the whole do not begin with those of the prompt."""
     start, _, closing = frame(tokenizer, prompt)
@@ -956,15 +946,11 @@ def encode_dialogue(tokenizer, prompt, response: str, eos_ids: list[int]) -> tup
     whole = encode_text(tokenizer, render(tokenizer, prompt, response))
     if whole[: len(prompt_ids)] != prompt_ids:
         raise ValueError("the tokens of the whole text do not begin with those of the prompt")
+    closing_ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
+    special = [x for x in closing_ids if x in tokenizer.added_tokens_decoder]
     response_ids = [*whole[len(prompt_ids) :], tokenizer.eos_token_id]
-    ends = {*eos_ids, *closing_end(tokenizer, closing)} & {*response_ids}
+    ends = {tokenizer.eos_token_id, *eos_ids, *special[:1]} & {*response_ids}
     return prompt_ids, response_ids[: 1 + min(map(response_ids.index, ends))]
-
-
-def closing_end(tokenizer, closing: str) -> list[int]:
-    """The id that ends a response in what closes it: its first special token, if it has one."""
-    ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
-    return [x for x in ids if x in tokenizer.added_tokens_decoder][:1]
 
 
 def pad_rows(tokenizer, rows: list[list[int]], side: str, limit: int, device: str):
@@ -1001,18 +987,23 @@ def encode(policy: Policy, rows: list[dict], column: str | None = None) -> Rollo
 
 def decode(policy: Policy, rollout: Rollout, rows: list[dict]) -> list[dict]:
     """Records: each row of the data with response (a text, without what closes it), response_ids
-    and ended. The text is what the decoded whole has behind the decoded prompt: decoded apart, a
-    response could lose its first space."""
+    and ended."""
     tokenizer, records = policy.tokenizer, []
     prompt_len = rollout.sequence_ids.shape[1] - rollout.response_mask.shape[1]
     columns = (x.cpu() for x in (rollout.sequence_ids, rollout.sequence_mask, rollout.ended))
     for row, ids, mask, ended in zip(rows, *columns, strict=True):
         prompt = ids[:prompt_len][mask[:prompt_len]].tolist()
         response = ids[prompt_len:][mask[prompt_len:]].tolist()
-        whole = prompt + (response[:-1] if ended else response)
-        start, text = tokenizer.batch_decode([prompt, whole], clean_up_tokenization_spaces=False)
-        _, opening, closing = frame(tokenizer, row["prompt"])
-        text = text[len(start) :].removeprefix(opening)
+        ids = response[:-1] if ended else response
+        start, before, closing = frame(tokenizer, row["prompt"])
+        # Decoded alone, a response may lose its first space; with the prompt, get one too many.
+        old, new, alone = tokenizer.batch_decode([prompt, prompt + ids, ids],
+                                                 clean_up_tokenization_spaces=False)
+        text = new[len(old) :]
+        if text != alone and encode_text(tokenizer, start + text) != (
+                encode_text(tokenizer, start) + ids) == encode_text(tokenizer, start + alone):
+            text = alone
+        text = (start + text).removeprefix(before) if (start + text).startswith(before) else text
         if ended:  # some templates put a newline before EOS
             text = text.removesuffix(closing.split(tokenizer.decode(response[-1:]))[0])
         records.append(row | {"response": text, "response_ids": response, "ended": bool(ended)})
@@ -1171,9 +1162,9 @@ def read_row(row: dict) -> tuple[dict, list[str]]:
     return row | {"prompt": prompt} | dict(zip(("chosen", "rejected"), sides, strict=False)), names
 
 
-def read_rows(flag: str, name: str, split: str, args: Args, digest) -> list[dict]:
-    """The usable rows of a file or of a data set on the Hub; they go into the digest, too. Prints
-    how many are dropped and why, and which columns no model reads."""
+def read_rows(flag: str, name: str, split: str, args: Args) -> list[dict]:
+    """The usable rows of a file or of a data set on the Hub, with prompt_text, which the policy
+    continues. Prints how many are dropped and why, and which columns no model reads."""
     import datasets
 
     tokenizer = load_tokenizer(args.policy_model)
@@ -1195,11 +1186,10 @@ def read_rows(flag: str, name: str, split: str, args: Args, digest) -> list[dict
                 row = json.loads(row) if isinstance(row, bytes) else row
                 columns |= set(row)
                 row, names = read_row(row)
-                start = frame(tokenizer, row["prompt"])[0]
+                row["prompt_text"] = frame(tokenizer, row["prompt"])[0]
+                row["prompt_text"].encode()  # fails on half of an emoji
                 for side in {"chosen", "rejected"} & set(row):
                     encode_dialogue(tokenizer, row["prompt"], row[side], [])
-                digest.update(json.dumps([start, row], default=str).encode())
-                start.encode()  # fails on half of an emoji
                 used |= set(names)
                 rows.append(row)
             except Exception as error:
@@ -1220,20 +1210,16 @@ def read_rows(flag: str, name: str, split: str, args: Args, digest) -> list[dict
 
 def load_data(args: Args) -> Data:
     """Rows to train on; all rows of --eval-prompts distinct prompts are held out."""
-    digest = hashlib.sha256()
-    if args.reward_fn is not None:
-        with refusing(f"--reward-fn {args.reward_fn}", "give FILE.py:FUNCTION"):
-            digest.update(Path(args.reward_fn.rpartition(":")[0]).read_bytes())
     if args.dataset == "reviews":
         rng = random.Random(args.seed)
         rows = [{"prompt": draw_text("prompt", GRAMMAR, rng)} for _ in range(20_000)]
         for row in rows:  # praise and scorn are equally probable
             row["chosen"] = " " + draw_text("review", GRAMMARS[genre_of(row["prompt"])], rng)
     else:
-        rows = read_rows("--dataset", args.dataset, args.dataset_split, args, digest)
+        rows = read_rows("--dataset", args.dataset, args.dataset_split, args)
     demonstrations = rows
     if args.sft_dataset is not None:
-        demonstrations = read_rows("--sft-dataset", args.sft_dataset, "train", args, digest)
+        demonstrations = read_rows("--sft-dataset", args.sft_dataset, "train", args)
 
     def key(row: dict) -> str:
         """Rows with the same key share a prompt."""
@@ -1249,7 +1235,12 @@ def load_data(args: Args) -> Data:
         for column, part in (("prompt", rows), ("chosen", demonstrations), ("rejected", rows))
     )) for side in (True, False))
     held_out.prompts = list({key(row): row for row in held_out.prompts}.values())
-    data.held_out, data.digest = held_out, digest.hexdigest()
+    data.held_out, code = held_out, b""
+    if args.reward_fn is not None:
+        with refusing(f"--reward-fn {args.reward_fn}", "give FILE.py:FUNCTION"):
+            code = Path(args.reward_fn.rpartition(":")[0]).read_bytes()
+    content = json.dumps([rows, demonstrations], default=str).encode()
+    data.digest = hashlib.sha256(content + code).hexdigest()
     print(f"prompts      {len(data.prompts)} to train on, {len(held_out.prompts)} held out")
     refuse(0 < len(held_out.prompts) < processes()[1],
            f"--eval-prompts {args.eval_prompts} holds out {len(held_out.prompts)}, at most a "
@@ -1353,8 +1344,7 @@ def end_tokens(lm, tokenizer) -> list[int]:
     listed = lm.generation_config.eos_token_id  # an id, or in chat models a list of ids
     ids = {tokenizer.pad_token_id, *(listed if isinstance(listed, list) else [listed])}
     with contextlib.suppress(Exception):  # a template that wants other turns
-        closing = frame(tokenizer, [{"role": "user", "content": "Hi"}])[2]
-        ids |= set(closing_end(tokenizer, closing))
+        ids.add(encode_dialogue(tokenizer, [{"role": "user", "content": "Hi"}], "Hi", [])[1][-1])
     # An id that is an ordinary word is no EOS: some configs keep the default of another model.
     return sorted({tokenizer.eos_token_id} | (ids & tokenizer.added_tokens_decoder.keys()))
 
@@ -1446,27 +1436,46 @@ def try_models(data: Data, args: Args) -> list[Callable]:
     return sources
 
 
-def start_ppo(policy: Policy, reference: Policy, scorer: Scorer, data: Data, args: Args) -> dict:
-    """What train_ppo starts from: offset and scale of the scores, and where V starts, from
-    responses of the SFT policy; and its responses to the held-out prompts, for the final table."""
+def start_or_resume(sft: Path | str, scorer: Scorer, data: Data, args: Args, log: "RunLog"):
+    """What changes in stage 3, as it begins or as the checkpoint of a resumed run has it. Returns:
+    {policy with critic, reference, optimizer}, {iteration, kl_coef, norm of the scores}."""
+    policy, reference = load_policy(sft, args), load_policy(sft, args)
     rows = prompt_batch(data.prompts, 1, 2 * args.batch_size, args.seed)
-    records = decode(policy, collect_rollout(policy, None, rows, args.seed, args), rows)
+    samples = decode(policy, collect_rollout(policy, None, rows, args.seed, args), rows)
+    policy.critic = make_critic(policy, scorer, measure_scores(scorer, samples, args), args)
+    optimizer = make_optimizer(
+        [{"params": policy.lm.parameters(), "peak": args.learning_rate},
+         {"params": policy.critic.parameters(), "peak": args.critic_learning_rate}], args)
+    learned = {"policy": policy, "reference": reference, "optimizer": optimizer}
+    state = {"iteration": 0, "kl_coef": args.kl_coef, "norm": (scorer.offset, scorer.scale)}
+    path = log.run_dir / "checkpoint.pt"
+    if path.exists():
+        state = torch.load(path, "cpu", weights_only=True, mmap=True)
+        for name, x in learned.items():
+            x.load_state_dict(state[name])
+        scorer.offset, scorer.scale = state["norm"]
+    else:
+        save_model(log.run_dir / "policy", policy.lm, policy.tokenizer)
+    log.start("ppo", state["iteration"])
+    return learned, state
+
+
+def measure_scores(scorer: Scorer, records: list[dict], args: Args) -> float:
+    """Take offset and scale of the scores from responses of the SFT policy. Returns: their mean
+    return, which is score minus EOS penalty."""
     raw = scorer.raw_scores(records)
-    dense, raw = raw.dim() == 3, raw.reshape(*raw.shape[:2], -1).sum(dim=2)  # (sources, records)
-    std, mean = torch.std_mean(raw, dim=1, correction=0, keepdim=True)
+    totals = raw.reshape(*raw.shape[:2], -1).sum(dim=2)  # (sources, records)
+    std, mean = torch.std_mean(totals, dim=1, correction=0, keepdim=True)
     if args.norm_scores:
-        scorer.norm["scale"] = std.where(std > 1e-6, 1.0)  # 1 if all scores are equal
-        scorer.norm["offset"] = mean * (not dense)  # an offset per token would reward length
-    scores = scorer(records)[0].reshape(len(records), -1).sum(dim=1)
-    scorer.norm["mean_score"] = float(scores.mean())
-    scorer.norm["mean_penalty"] = args.missing_eos_penalty * fmean(not x["ended"] for x in records)
-    spread = float(scores.std(correction=0))
-    print(f"scores       of the SFT policy: mean {scorer.norm['mean_score']:.3f}, std {spread:.3f}")
+        scorer.scale = std.where(std > 1e-6, 1.0)  # 1 if all scores are equal
+        scorer.offset = mean * (raw.dim() == 2)  # an offset per token would reward length
+    scores = scorer.normalise(raw)[0].reshape(len(records), -1).sum(dim=1)
+    spread, mean_score = (float(x) for x in torch.std_mean(scores, correction=0))
+    print(f"scores       of the SFT policy: mean {mean_score:.3f}, std {spread:.3f}")
     if spread > 1e-6 and not 0.1 < spread < 10:
         print("note         this std is far from 1, and the clips of values and of gradients are "
               "in units of the score: consider --norm-scores")
-    return {"iteration": 0, "kl_coef": args.kl_coef, "norm": scorer.norm,
-            "before": evaluate(policy, reference, scorer, data, args)}
+    return mean_score - args.missing_eos_penalty * fmean(not x["ended"] for x in records)
 
 
 def save_model(folder: Path, model, tokenizer) -> None:
