@@ -76,10 +76,9 @@ class Args:
         return self.num_envs * self.num_steps
 
 
-DEFAULTS = {  # for discrete actions, for continuous ones
-    "total_timesteps": (500_000, 1_000_000), "num_envs": (4, 1), "num_steps": (128, 2048),
-    "num_minibatches": (4, 32), "update_epochs": (4, 10), "learning_rate": (2.5e-4, 3e-4),
-    "ent_coef": (0.01, 0.0), "norm_obs": (False, True), "norm_reward": (False, True)}
+DEFAULTS = {"total_timesteps": (500_000, 1_000_000), "num_envs": (4, 1), "num_steps": (128, 2048),
+            "num_minibatches": (4, 32), "update_epochs": (4, 10), "learning_rate": (2.5e-4, 3e-4),
+            "ent_coef": (0.01, 0.0), "norm_obs": (False, True), "norm_reward": (False, True)}
 
 
 # ==================================================================================================
@@ -198,9 +197,10 @@ def adaptive_kl_beta(kl_beta: float, observed_kl: float, kl_target: float) -> fl
 
 def explained_variance(returns: Tensor, values: Tensor) -> float:
     """1 − Var(returns − values) / Var(returns): 1 for a perfect critic, 0 for a constant one."""
-    unexplained, variance = (returns - values).var(correction=0), returns.var(correction=0)
-    varied = variance > 1e-10 * (returns**2).mean()  # else constant up to rounding: NaN
-    return float(torch.where(varied, 1 - unexplained / variance, math.nan))
+    variance = returns.var(correction=0)
+    if variance <= 1e-10 * (returns**2).mean():  # constant up to rounding
+        return math.nan
+    return float(1 - (returns - values).var(correction=0) / variance)
 
 
 # ==================================================================================================

@@ -16,18 +16,18 @@ WORDS = ["the", "plot", "was", "dull", "good", "bad", "a", "b", "c", "d", ".", "
 
 
 def make_tokenizer(**special):
-    """One token per word; [PAD] is 0 and [EOS] is 1 unless special says otherwise."""
+    """One token per word; [PAD] is 0, [EOS] is 1 and [END] 2 is special, too."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocab = {word: i for i, word in enumerate(["[PAD]", "[EOS]", "[END]", "[UNK]", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "[PAD]", "eos_token": "[EOS]"} | special
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    usual = {"pad_token": "[PAD]", "eos_token": "[EOS]", "extra_special_tokens": ["[END]"]}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **(usual | special))
 
 
-FAMILIES = ["GPT2", "GPTNeoX", "Llama", "Qwen2", "Qwen3", "Gemma", "Gemma2"]
+FAMILIES = ["GPT2", "GPTNeoX", "Llama", "Qwen2", "Qwen3", "Gemma", "Qwen3Next"]
 
 
 def make_config(family, **changes):
@@ -39,18 +39,17 @@ def make_config(family, **changes):
              "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.5}
     gpt2 = {"vocab_size": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64,
             "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.5}
-    grouped = {"num_key_value_heads": 1, "head_dim": 8}
-    configs = {
-        "GPT2": (transformers.GPT2Config, gpt2),
-        "GPTNeoX": (transformers.GPTNeoXConfig, sizes | {"hidden_dropout": 0.1}),
-        "Llama": (transformers.LlamaConfig, sizes | {"num_key_value_heads": 1}),
-        "Qwen2": (transformers.Qwen2Config, sizes | {"num_key_value_heads": 1}),
-        "Qwen3": (transformers.Qwen3Config, sizes | grouped),
-        "Gemma": (transformers.GemmaConfig, sizes | grouped),
-        "Gemma2": (transformers.Gemma2Config, sizes | grouped | {"final_logit_softcapping": 3.0}),
+    grouped = sizes | {"num_key_value_heads": 1, "head_dim": 8}
+    own = {
+        "GPT2": gpt2, "GPTNeoX": sizes | {"hidden_dropout": 0.1},
+        "Llama": sizes | {"num_key_value_heads": 1}, "Qwen2": sizes | {"num_key_value_heads": 1},
+        "Gemma2": grouped | {"final_logit_softcapping": 3.0},
+        "Qwen3Next": grouped | {  # a hybrid: a layer of linear attention, then a usual one
+            "layer_types": ["linear_attention", "full_attention"], "mlp_only_layers": [0, 1],
+            "linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8},
     }
-    kind, settings = configs[family]
-    return kind(**(settings | changes))
+    return getattr(transformers, f"{family}Config")(**(own.get(family, grouped) | changes))
 
 
 def make_lm(family="Llama", seed=0, **changes):
@@ -71,16 +70,18 @@ def make_reward_model(family="Llama", seed=0, **changes):
 
 
 def make_policy(lm=None, tokenizer=None, **settings):
-    """A Policy without critic: a small Llama unless lm says otherwise."""
+    """A Policy without critic, as load_policy makes it: a small Llama unless lm says otherwise."""
     from ppo_rlhf import Args, Policy
 
     usual = {"max_prompt_len": 8, "response_len": 8, "batch_size": 8, "minibatch_size": 4,
-             "microbatch_size": 4, "adam_eps": 1e-5, "device": "cpu"}
-    return Policy(lm or make_lm(), tokenizer or make_tokenizer(), Args(**(usual | settings)))
+             "microbatch_size": 4, "learning_rate": 1e-2, "device": "cpu"}
+    tokenizer = tokenizer or make_tokenizer()
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return Policy(lm or make_lm(), tokenizer, Args(**(usual | settings)))
 
 
 def save(folder, model, tokenizer):
-    """Write model and tokenizer the way users have them on disk. Returns: the folder's name."""
+    """Write model and tokenizer as users have them on disk. Returns: the folder's name."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -105,7 +106,7 @@ def pairs_file(folder):
     """32 comparisons of short texts with ragged prompts."""
     path = folder / "pairs.jsonl"
     prompts = [" ".join((WORDS * 2)[i % 9 : i % 9 + 1 + i % 4]) for i in range(32)]
-    rows = [{"prompt": x, "chosen": "the plot was good .", "rejected": "bad bad bad"}
+    rows = [{"prompt": x, "chosen": " the plot was good .", "rejected": " bad bad bad"}
             for x in prompts]
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return str(path)
@@ -120,14 +121,13 @@ def tiny_args(tmp_path, policy_folder, pairs_file):
         dataset=pairs_file, policy_model=policy_folder, output_dir=str(tmp_path), run_name="run",
         total_episodes=16, batch_size=8, minibatch_size=4, update_epochs=2, response_len=6,
         max_prompt_len=4, eval_prompts=4, learning_rate=1e-2, sft_learning_rate=1e-3,
-        reward_learning_rate=1e-3, save_interval=1, device="cpu",
-    )
+        reward_learning_rate=1e-3, save_interval=1, device="cpu")
 
 
 def read_metrics(args):
     """metrics.jsonl of a run, without what the clock and the machine decide."""
     lines = Path(args.output_dir, args.run_name, "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if "perf" not in k and k != "wall_time"}
+    return [{k: v for k, v in json.loads(line).items() if "perf" not in k}
             for line in lines]
 
 

@@ -1,7 +1,7 @@
 """Claim: every formula of ppo_rlhf.py is the one in its docstring.
 
 Reference: arithmetic in the comments, autograd, exact expectations over a tiny vocabulary.
-Run: python -m pytest tests/test_math.py (3 seconds)
+Run: python -m pytest tests/test_math.py (2 seconds)
 """
 
 import math
@@ -14,7 +14,6 @@ from ppo_rlhf import (
     explained_variance,
     gae,
     kl_penalty,
-    logprobs_and_entropy,
     masked_mean,
     masked_whiten,
     policy_loss,
@@ -52,12 +51,18 @@ def test_masked_mean_is_blind_to_nan_under_the_mask():
 
 
 def test_masked_mean_of_an_empty_mask_is_nan():
-    assert masked_mean(row(1, 2), mask(0, 0)).isnan()  # 0 / 0; train_step stops at it
+    assert masked_mean(row(1, 2), mask(0, 0)).isnan()  # 0 / 0; optimizer_step stops at it
 
 
 def test_masked_mean_refuses_silent_broadcasting():
     with pytest.raises(ValueError, match="shapes differ"):
         masked_mean(torch.ones(3, 1), torch.ones(3, 3, dtype=torch.bool))
+
+
+def test_masked_mean_over_a_dimension_is_one_mean_per_response():
+    x, real = torch.cat([row(1, 3), row(5, 100)]), torch.cat([mask(1, 1), mask(1, 0)])
+    assert masked_mean(x, real, dim=1).tolist() == [2.0, 5.0]
+    assert masked_mean(x, real) == 3.0  # over tokens, (1 + 3 + 5) / 3, not over responses
 
 
 def test_whitened_tokens_have_mean_zero_and_std_one_over_real_tokens():
@@ -72,40 +77,6 @@ def test_whitening_without_shift_leaves_the_mean_unchanged():
 
 def test_whitening_a_single_token_is_finite():
     assert masked_whiten(row(7), mask(1)).item() == 0.0
-
-
-# logprobs_and_entropy ----------------------------------------------------------------------------
-
-
-def test_logprob_of_a_quarter_is_minus_log_four():
-    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25]]))
-    assert close(logprobs_and_entropy(logits, torch.tensor([1]))[0], [-math.log(4)])
-
-
-def test_logprobs_and_entropies_are_those_of_torchs_categorical_distribution():
-    logits, ids = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
-    categorical = torch.distributions.Categorical(logits=logits)
-    logprobs, entropies = logprobs_and_entropy(logits, ids)
-    assert close(logprobs, categorical.log_prob(ids))
-    assert close(entropies, categorical.entropy())
-
-
-def test_entropy_of_a_uniform_choice_of_four_is_log_four():
-    _, entropies = logprobs_and_entropy(torch.zeros(1, 4), torch.tensor([0]))
-    assert close(entropies, [math.log(4)])
-
-
-def test_entropy_is_that_of_the_distribution_not_of_the_sampled_token():
-    logits = torch.log(torch.tensor([0.9, 0.1]))
-    exact = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1))  # 0.325
-    logprob, entropy = logprobs_and_entropy(logits, torch.tensor(0))
-    assert close(entropy, exact)
-    assert not close(-logprob, exact, 0.1)  # 0.105
-
-
-def test_entropy_ignores_a_banned_token():
-    _, entropy = logprobs_and_entropy(torch.tensor([0.0, 0.0, -1e30]), torch.tensor(0))
-    assert close(entropy, math.log(2))
 
 
 # kl_penalty --------------------------------------------------------------------------------------
@@ -132,6 +103,13 @@ def test_for_small_steps_k2_and_k3_are_half_the_square_of_k1():
     # d = 0.01: k1 = 0.01, k2 = k3 = 0.00005 up to d³/6.
     k1, k2, k3 = (kl_penalty(row(0.01), row(0), k).item() for k in ("k1", "k2", "k3"))
     assert close(k1, 0.01) and abs(k2 - 5e-5) < 2e-7 and abs(k3 - 5e-5) < 2e-7
+
+
+def test_k3_is_exact_where_policy_and_reference_are_almost_equal():
+    # d = 1e-4: d²/2 = 5.0e-9. In float32, exp(-d) - 1 + d is wrong by 6e-8.
+    d = row(1e-4)
+    assert abs(kl_penalty(d, row(0), "k3").item() - 5.0e-9) < 1e-11
+    assert abs((torch.exp(-d) - 1 + d).item() - 5.0e-9) > 1e-9
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
@@ -391,19 +369,22 @@ def test_losses_refuse_shapes_that_would_broadcast():
 
 
 def test_the_kl_coefficient_rises_when_kl_is_above_target():
-    # KL 7 for 6: error 1/6, so 0.1 * (1 + 1/6 * 100 / 1000).
-    assert close(adaptive_kl_coef(0.1, 7.0, 6.0, 100, 1000), 0.1 * (1 + 1 / 60))
+    # KL 6.6 for 6: error 1/10, so 0.1 * (1 + 1/20).
+    assert close(adaptive_kl_coef(0.1, 6.6, 6.0), 0.105, 1e-8)
 
 
 def test_at_its_target_the_kl_coefficient_stays_and_units_do_not_matter():
-    assert adaptive_kl_coef(0.1, 6.0, 6.0, 100, 1000) == 0.1
-    in_bits = adaptive_kl_coef(0.1, 7.0 / math.log(2), 6.0 / math.log(2), 100, 1000)
-    assert close(in_bits, adaptive_kl_coef(0.1, 7.0, 6.0, 100, 1000))
+    assert adaptive_kl_coef(0.1, 6.0, 6.0) == 0.1
+    in_bits = adaptive_kl_coef(0.1, 6.6 / math.log(2), 6.0 / math.log(2))
+    assert close(in_bits, adaptive_kl_coef(0.1, 6.6, 6.0), 1e-8)
 
 
-def test_the_error_of_the_kl_controller_is_cut_at_a_fifth():
-    assert close(adaptive_kl_coef(0.1, 60.0, 6.0, 100, 1000), 0.1 * 1.02)
-    assert close(adaptive_kl_coef(0.1, 0.0, 6.0, 100, 1000), 0.1 * 0.98)
+@pytest.mark.parametrize("observed_kl", [-6.0, 0.0, 4.7, 4.9, 7.1, 7.3, 60.0, 1e9])
+def test_the_kl_coefficient_moves_by_at_most_a_tenth(observed_kl):
+    # The error, KL / 6 - 1, is cut at a fifth: at KL 4.8 and at KL 7.2.
+    factor = adaptive_kl_coef(0.1, observed_kl, 6.0) / 0.1
+    cut = 0.9 if observed_kl < 4.8 else 1.1 if observed_kl > 7.2 else 0.5 + observed_kl / 12
+    assert factor == pytest.approx(cut, abs=1e-12)
 
 
 def test_explained_variance_of_a_perfect_a_constant_and_a_bad_critic():
@@ -411,3 +392,9 @@ def test_explained_variance_of_a_perfect_a_constant_and_a_bad_critic():
     assert close(explained_variance(returns, returns, ones), 1.0)
     assert close(explained_variance(returns, row(5, 5, 5, NAN), ones), 0.0)
     assert close(explained_variance(returns, row(3, 2, 1, NAN), ones), -3.0)
+
+
+@pytest.mark.parametrize("rounding", [0.0, 1e-6])
+def test_explained_variance_of_constant_returns_is_not_a_number(rounding):
+    returns = row(2, 2 + rounding, 2)
+    assert math.isnan(explained_variance(returns, row(1, 2, 3), mask(1, 1, 1)))
