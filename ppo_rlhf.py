@@ -705,27 +705,7 @@ def sft_loss(policy: Policy, batch: Rollout) -> dict[str, Tensor]:
     return {"loss": -masked_mean(logprobs, batch.response_mask)}
 
 
-class RewardModel(nn.Module):
-    """A sequence classifier with one output and its own tokenizer: it reads text, not ids."""
-
-    def __init__(self, classifier, tokenizer, args: Args):
-        super().__init__()
-        self.classifier, self.tokenizer, self.args = classifier, tokenizer, args
-
-    def encode(self, records: list[dict]) -> tuple[Tensor, Tensor]:
-        """Ids and mask of whole conversations; one that is too long loses its beginning."""
-        texts = (render(self.tokenizer, x["prompt"], x["response"], x["ended"]) for x in records)
-        return pad_rows(self.tokenizer, [encode_text(self.tokenizer, text) for text in texts],
-                        "right", self.tokenizer.model_max_length, self.args.device)
-
-    def forward(self, records: list[dict]) -> Tensor:
-        """Raw scores (records,) of responses, read at the last token that is not PAD."""
-        ids, mask = self.encode(records)
-        return self.classifier(input_ids=ids, attention_mask=mask.long(),
-                               use_cache=False).logits[:, 0].float()
-
-
-def reward_loss(reward_model: RewardModel, pairs: list[tuple]) -> dict[str, Tensor]:
+def reward_loss(reward_model: "RewardModel", pairs: list[tuple]) -> dict[str, Tensor]:
     """−E[ log sigmoid(score(x, chosen) − score(x, rejected)) ]. Source: Stiennon 2020, sec. 3.4."""
     chosen, rejected = zip(*pairs, strict=True)
     chosen_scores, rejected_scores = reward_model(chosen + rejected).chunk(2)
@@ -743,10 +723,10 @@ def fit(log: "RunLog", model, loss_fn, to_batch, rows: list, epochs: int, peak: 
         epoch = split_rows(rng.sample(rows, len(rows)), args.minibatch_size)
         minibatches += epoch[: max(1, len(rows) // args.minibatch_size)]
     model.train()
-    for number, rows in enumerate(tqdm(minibatches, log.stage, disable=None), start=1):
+    for number, rows in enumerate(progress(minibatches, log.stage), start=1):
         set_learning_rates(optimizer, number, len(minibatches))
         stats = accumulate_gradients(lambda part: loss_fn(model, part), to_batch(rows), 1.0, args)
-        log.scalars(optimizer_step(model, optimizer, stats, args), number)
+        log.scalars(log.stage, optimizer_step(model, optimizer, stats, args), number)
     model.eval()
 
 
@@ -792,9 +772,6 @@ def main(args: Args) -> None:
     torch.set_float32_matmul_precision("high")  # on CUDA: the output layer in TF32
     start_processes(args)
     args = gather([resolve_args(args)])[0]  # the run's name contains the time: one for all
-    if args.resume and Path(args.resume, "before_after.jsonl").exists():
-        print(f"{args.resume} is finished")
-        return
     data = load_data(args)
     sources = try_models(data, args)  # of scores; none if stage 2 is to train them
     log = RunLog(args, data.digest)
@@ -826,6 +803,11 @@ def join_rows(parts: list[Rollout], device: str) -> Rollout:
     parts = gather([part.map(Tensor.cpu) for part in parts])
     columns = zip(*(vars(part).values() for part in parts), strict=True)
     return Rollout(*(None if x[0] is None else torch.cat(x).to(device) for x in columns))
+
+
+def progress(items: list, name: str) -> tqdm:
+    """A bar on a terminal, from the first process."""
+    return tqdm(items, name, disable=processes()[0] > 0 or None)
 
 
 def prompt_batch(rows: list[dict], iteration: int, size: int, seed: int) -> list[dict]:
@@ -1091,7 +1073,7 @@ def sample_comparisons(sft: Path | str, rows: list[dict], num_pairs: int, args: 
         return []
     policy, rng, samples = load_policy(sft, args), random.Random(f"annotator {args.seed}"), []
     rows = rng.choices(rows, k=num_pairs) * 2
-    for number, part in enumerate(tqdm(split_rows(rows, 1000), "comparisons", disable=None)):
+    for number, part in enumerate(progress(split_rows(rows, 1000), "comparisons")):
         rollout = collect_rollout(policy, None, part, args.seed + number, args)
         samples += decode(policy, rollout, part)
     pairs, golds = [], [gold_reward(x["prompt"], x["response"], x["ended"]) for x in samples]
@@ -1181,7 +1163,7 @@ def read_rows(flag: str, name: str, split: str, args: Args) -> list[dict]:
             local = {"path": "parquet", "data_files": name}
             local = local if Path(name).is_file() else {"path": name}
             source = list(enumerate(datasets.load_dataset(**local, split=split), start=1))
-        for number, row in tqdm(source, name, disable=None):
+        for number, row in progress(source, name):
             try:
                 row = json.loads(row) if isinstance(row, bytes) else row
                 columns |= set(row)
@@ -1349,6 +1331,26 @@ def end_tokens(lm, tokenizer) -> list[int]:
     return sorted({tokenizer.eos_token_id} | (ids & tokenizer.added_tokens_decoder.keys()))
 
 
+class RewardModel(nn.Module):
+    """A sequence classifier with one output and its own tokenizer: it reads text, not ids."""
+
+    def __init__(self, classifier, tokenizer, args: Args):
+        super().__init__()
+        self.classifier, self.tokenizer, self.args = classifier, tokenizer, args
+
+    def encode(self, records: list[dict]) -> tuple[Tensor, Tensor]:
+        """Ids and mask of whole conversations; one that is too long loses its beginning."""
+        texts = (render(self.tokenizer, x["prompt"], x["response"], x["ended"]) for x in records)
+        return pad_rows(self.tokenizer, [encode_text(self.tokenizer, text) for text in texts],
+                        "right", self.tokenizer.model_max_length, self.args.device)
+
+    def forward(self, records: list[dict]) -> Tensor:
+        """Raw scores (records,) of responses, read at the last token that is not PAD."""
+        ids, mask = self.encode(records)
+        return self.classifier(input_ids=ids, attention_mask=mask.long(),
+                               use_cache=False).logits[:, 0].float()
+
+
 def load_reward_model(folder: Path | str, args: Args, new_head: bool = False) -> RewardModel:
     """Load a frozen reward model or, with new_head, a trainable one from the SFT model."""
     model, tokenizer = load_model(folder, "ForSequenceClassification", args, new_head)
@@ -1372,26 +1374,24 @@ def load_reward_fn(name: str, args: Args) -> Callable:
     path, _, function_name = name.rpartition(":")
     sys.path.insert(0, str(Path(path).resolve().parent))  # the file may import its neighbours
     function, tokenizer = runpy.run_path(path)[function_name], load_tokenizer(args.policy_model)
-    parameters = list(inspect.signature(function).parameters.values())[2:]
-    parameters = {x.name: x.default is x.empty for x in parameters
-                  if x.kind not in (x.VAR_POSITIONAL, x.VAR_KEYWORD)}  # True: must be given
+    parameters = [x for x in list(inspect.signature(function).parameters.values())[2:]
+                  if x.kind not in (x.VAR_POSITIONAL, x.VAR_KEYWORD)]
 
     def token_texts(ids: list[int]) -> list[str]:
         """What each token adds to the text; one that ends within a character adds nothing."""
         texts = [tokenizer.decode(ids[:end]).rstrip("\ufffd") for end in range(len(ids) + 1)]
         return [text[len(before) :] for before, text in itertools.pairwise(texts)]
 
-    @refusing(f"--reward-fn {name}",
-              "it must return for each response a finite number, or a list with one per token")
+    @refusing(f"--reward-fn {name}", "it gets prompts, responses and, by name, tokens or columns "
+              "of the data, and returns per response a finite number or a list of one per token")
     def scores_of(records: list[dict]) -> Tensor:
         """(records,), or (records, response_len) if there is one per token, filled up with 0."""
-        if "tokens" in parameters:
-            records = [x | {"tokens": token_texts(x["response_ids"])} for x in records]
-        wanted = ["prompt", "response", *parameters]
-        if unknown := [x for x in wanted[2:] if parameters[x] and x not in records[0]]:
-            raise ValueError(f"its parameter {unknown[0]} is not among {sorted(records[0])}")
-        columns = {x: [record[x] for record in records] for x in wanted if x in records[0]}
-        found = function(columns.pop("prompt"), columns.pop("response"), **columns)
+        columns = {x: [record[x] for record in records] for x in records[0]}
+        if "tokens" in [x.name for x in parameters]:
+            columns["tokens"] = [token_texts(ids) for ids in columns["response_ids"]]
+        further = {x.name: columns[x.name] for x in parameters
+                   if x.name in columns or x.default is x.empty}
+        found = function(columns["prompt"], columns["response"], **further)
         scores = [torch.as_tensor(score, dtype=torch.float32) for score in found]
         if len(scores) != len(records):
             raise ValueError(f"it returned {len(scores)} scores for {len(records)} responses")
@@ -1536,6 +1536,8 @@ def resolve_args(args: Args) -> Args:
             del saved["digest"]
             args = Args(**saved | {"output_dir": str(folder.parent), "run_name": folder.name,
                                    "resume": args.resume})
+        if (folder / "before_after.jsonl").exists():
+            raise SystemExit(print(f"{folder} is finished"))
     new, given = args.policy_model is None, bool(args.reward_model or args.reward_fn)
     usual = {name: values[0 if new else 1] for name, values in {
         "max_prompt_len": (16, 256), "response_len": (32, 128), "learning_rate": (1e-4, 3e-6),
@@ -1637,6 +1639,9 @@ def means(records: list[dict]) -> dict[str, float]:
 class RunLog:
     """Files of a run and console. All processes but the first write into a temporary folder."""
 
+    CONSOLE = ("score", "gold", "grammatical", "kl", "response_len", "ended", "entropy", "clipfrac",
+               "kl_coef", "episodes_per_s")
+
     def __init__(self, args: Args, digest: str):
         self.args, self.run_dir = args, Path(args.output_dir, args.run_name)
         self.folder = self.run_dir if processes()[0] == 0 else Path(tempfile.mkdtemp())
@@ -1663,11 +1668,11 @@ class RunLog:
                 file.readline()
             file.truncate()
 
-    def scalars(self, values: dict[str, float], number: int) -> None:
+    def scalars(self, group: str, values: dict[str, float], number: int) -> None:
         """One point on each curve of TensorBoard."""
         self.number = number
         for name, value in values.items():
-            self.writer.add_scalar(name if "/" in name else f"{self.stage}/{name}", value, number)
+            self.writer.add_scalar(f"{group}/{name}", value, number)
 
     @torch.no_grad()
     def held_out(self, name: str, model, loss_fn: Callable, batch) -> None:
@@ -1676,35 +1681,30 @@ class RunLog:
         stats = merge_stats(stats)
         value = math.exp(stats["loss"]) if name == "perplexity" else stats[name]
         print(f"{self.stage:<12} held-out {name} {value:.3f}")
-        self.scalars({f"held_out_{name}": value}, self.number)
+        self.scalars(self.stage, {f"held_out_{name}": value}, self.number)
 
     def iteration(self, number: int, records: list[dict], stats: dict, times: list[float]) -> None:
         """One PPO iteration: curves over episodes, a jsonl object, a line on the console."""
-        args, episodes, rollout = self.args, number * self.args.batch_size, means(records)
+        args, episodes = self.args, number * self.args.batch_size
         seconds = [end - start for start, end in itertools.pairwise(times)]
-        perf = dict(zip(("rollout_s", "score_s", "update_s"), seconds, strict=True)) | {
-            "episodes_per_s": args.batch_size / sum(seconds)}
+        perf = dict(zip(("rollout_s", "score_s", "update_s"), seconds, strict=True))
+        perf["episodes_per_s"] = args.batch_size / sum(seconds)
         if args.device == "cuda":
             perf["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        groups = {"rollout": rollout, "ppo": stats, "perf": perf}
-        metrics = {f"{group}/{x}": y for group, values in groups.items() for x, y in values.items()}
-        self.scalars(metrics, episodes)
+        line, shown = {"iteration": number, "episodes": episodes}, {}
+        for group, values in (("rollout", means(records)), ("ppo", stats), ("perf", perf)):
+            self.scalars(group, values, episodes)
+            line |= {f"{group}/{x}": y if math.isfinite(y) else None for x, y in values.items()}
+            shown |= {x: y for x, y in values.items() if x in self.CONSOLE}
         with open(self.folder / "metrics.jsonl", "a") as file:
-            line = {"iteration": number, "episodes": episodes} | {
-                name: value if math.isfinite(value) else None for name, value in metrics.items()}
             file.write(json.dumps(line) + "\n")
-        shown = {name: value for name, value in (rollout | stats | perf).items() if name in (
-            "score", "gold", "grammatical", "kl", "response_len", "ended", "entropy", "clipfrac",
-            "kl_coef", "episodes_per_s")}
-        widths = {name: max(8, len(name) + 1) for name in shown}
         if number % 20 == 1:
-            print("iteration" + "".join(f"{name:>{width}}" for name, width in widths.items()))
-        print(f"{number:>4}/{args.total_episodes // args.batch_size:<4}"
-              + "".join(f"{shown[name]:>{width}.3f}" for name, width in widths.items()), flush=True)
-        if number % args.save_interval == 0:
-            for x in records[:2]:
-                print(f"    {x['prompt']!r:.60} -> {x['response']!r}\n    score {x['score']:.2f}, "
-                      f"KL {x['kl']:.2f} nats")
+            print("iteration " + "".join(f"{x:>{max(8, len(x) + 1)}}" for x in shown))
+        print(f"{number:>4}/{args.total_episodes // args.batch_size:<5}" + "".join(
+            f"{y:>{max(8, len(x) + 1)}.3f}" for x, y in shown.items()), flush=True)
+        for x in records[:2] if number % args.save_interval == 0 else ():
+            print(f"    {x['prompt']!r:.60} -> {x['response']!r}\n    score {x['score']:.2f}, "
+                  f"KL {x['kl']:.2f} nats")
 
     def before_after(self, before: list[dict], after: list[dict]) -> None:
         """Write the responses before and after PPO to a file; print the final table."""
