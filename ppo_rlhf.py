@@ -380,7 +380,9 @@ class Policy(nn.Module):
 
     def logits(self, hidden: Tensor, temperature: float) -> Tensor:
         """Logits (..., vocab) of the next token, from hidden states (..., hidden)."""
-        return nn.functional.linear(hidden.float() / temperature, *self.output_layer(temperature))
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float() / temperature,
+                                        *self.output_layer(temperature))
 
     def forward(self, batch: Rollout, temperature: float, with_entropies: bool = False):
         """Read prompts with responses, for the rollout and all losses.
@@ -484,8 +486,10 @@ def collect_rollout(
     # Drawn on the CPU and for all rows, so that N processes sample what one would sample.
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(len(rows), args.response_len, generator=generator)
-    sampled = sample_tokens(policy, share(encode(policy, rows)),
-                            share(noise).to(args.device), args.temperature)
+    prompts, noise = share(encode(policy, rows)), share(noise).to(args.device)
+    # Entered here, weights become bfloat16 once, not for each token.
+    with torch.autocast(noise.device.type, torch.bfloat16, args.dtype == "bfloat16"):
+        sampled = sample_tokens(policy, prompts, noise, args.temperature)
     parts = split_rows(sampled, 4 * args.microbatch_size)  # without gradients, more fit
     for part in parts if reference is not None else ():
         # Old log-probabilities are computed like the new ones in the update, without a cache. The
@@ -1170,8 +1174,8 @@ def read_rows(flag: str, name: str, split: str, args: Args) -> list[dict]:
                 row, names = read_row(row)
                 row["prompt_text"] = frame(tokenizer, row["prompt"])[0]
                 row["prompt_text"].encode()  # fails on half of an emoji
-                for side in {"chosen", "rejected"} & set(row):
-                    encode_dialogue(tokenizer, row["prompt"], row[side], [])
+                for column in ("chosen", "rejected")[: len(names)]:
+                    encode_dialogue(tokenizer, row["prompt"], row[column], [])
                 used |= set(names)
                 rows.append(row)
             except Exception as error:
@@ -1357,15 +1361,15 @@ def load_reward_model(folder: Path | str, args: Args, new_head: bool = False) ->
     if new_head:
         nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.config.hidden_size + 1))
         tokenizer.model_max_length = args.max_prompt_len + args.response_len + 1  # and EOS
-    pad_is_eos = tokenizer.pad_token_id in (None, tokenizer.eos_token_id)
-    if model.config.pad_token_id is None or (new_head and pad_is_eos):
+    pad_id = tokenizer.pad_token_id if new_head else model.config.pad_token_id
+    if pad_id is None or (new_head and pad_id == tokenizer.eos_token_id):
         # Causal classifiers read the score at the last token that is not PAD. If PAD were EOS, that
         # would be the token before EOS. So they get a PAD that no text contains.
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-        model.config.pad_token_id = tokenizer.pad_token_id
+        pad_id = tokenizer.pad_token_id
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
-    tokenizer.pad_token_id = model.config.pad_token_id
+    tokenizer.pad_token_id = model.config.pad_token_id = pad_id
     return RewardModel(model.requires_grad_(new_head), tokenizer, args)
 
 
@@ -1379,7 +1383,8 @@ def load_reward_fn(name: str, args: Args) -> Callable:
 
     def token_texts(ids: list[int]) -> list[str]:
         """What each token adds to the text; one that ends within a character adds nothing."""
-        texts = [tokenizer.decode(ids[:end]).rstrip("\ufffd") for end in range(len(ids) + 1)]
+        ids = [tokenizer.eos_token_id, *ids]  # in front, so that the first space is not lost
+        texts = [tokenizer.decode(ids[: end + 1]).rstrip("\ufffd") for end in range(len(ids))]
         return [text[len(before) :] for before, text in itertools.pairwise(texts)]
 
     @refusing(f"--reward-fn {name}", "it gets prompts, responses and, by name, tokens or columns "

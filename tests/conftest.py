@@ -15,12 +15,12 @@ torch.set_num_threads(1)
 WORDS = ["the", "plot", "was", "dull", "good", "bad", "a", "b", "c", "d", ".", ","]
 
 
-def make_tokenizer(**special):
+def make_tokenizer(words=WORDS, **special):
     """One token per word; [PAD] is 0, [EOS] is 1 and [END] 2 is special, too."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {word: i for i, word in enumerate(["[PAD]", "[EOS]", "[END]", "[UNK]", *WORDS])}
+    vocab = {word: i for i, word in enumerate(["[PAD]", "[EOS]", "[END]", "[UNK]", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     usual = {"pad_token": "[PAD]", "eos_token": "[EOS]", "extra_special_tokens": ["[END]"]}

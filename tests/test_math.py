@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from ppo_rlhf import (
+    Args,
+    Rollout,
     adaptive_kl_coef,
+    compute_advantages,
     explained_variance,
     gae,
     kl_penalty,
@@ -36,27 +39,20 @@ def mask(*ones):
 
 def close(actual, expected, tolerance=1e-6):
     """Whether tensors or numbers agree."""
-    return torch.allclose(torch.as_tensor(actual), torch.as_tensor(expected), atol=tolerance)
+    actual, expected = (torch.as_tensor(x, dtype=torch.float32) for x in (actual, expected))
+    return torch.allclose(actual, expected, atol=tolerance)
 
 
 # masked_mean, masked_whiten ----------------------------------------------------------------------
 
 
-def test_masked_mean_counts_only_real_tokens():
-    assert masked_mean(row(1, 3, 100), mask(1, 1, 0)) == 2.0
-
-
-def test_masked_mean_is_blind_to_nan_under_the_mask():
-    assert masked_mean(row(1, 3, NAN), mask(1, 1, 0)) == 2.0  # 0 * NaN would be NaN
+@pytest.mark.parametrize("padding", [100.0, NAN])  # 0 * NaN would be NaN
+def test_masked_mean_counts_only_real_tokens(padding):
+    assert masked_mean(row(1, 3, padding), mask(1, 1, 0)) == 2.0
 
 
 def test_masked_mean_of_an_empty_mask_is_nan():
     assert masked_mean(row(1, 2), mask(0, 0)).isnan()  # 0 / 0; optimizer_step stops at it
-
-
-def test_masked_mean_refuses_silent_broadcasting():
-    with pytest.raises(ValueError, match="shapes differ"):
-        masked_mean(torch.ones(3, 1), torch.ones(3, 3, dtype=torch.bool))
 
 
 def test_masked_mean_over_a_dimension_is_one_mean_per_response():
@@ -68,15 +64,12 @@ def test_masked_mean_over_a_dimension_is_one_mean_per_response():
 def test_whitened_tokens_have_mean_zero_and_std_one_over_real_tokens():
     # (1, 3): mean 2, biased std 1 -> (-1, 1); padding becomes 0.
     assert close(masked_whiten(row(1, 3, 100), mask(1, 1, 0)), row(-1, 1, 0), 1e-4)
+    assert masked_whiten(row(7), mask(1)).item() == 0.0  # a single token: std 0, and yet finite
 
 
 def test_whitening_without_shift_leaves_the_mean_unchanged():
     # (2, 6): mean 4, std 2 -> (2 - 4) / 2 + 4 = 3 and (6 - 4) / 2 + 4 = 5.
     assert close(masked_whiten(row(2, 6), mask(1, 1), shift_mean=False), row(3, 5), 1e-4)
-
-
-def test_whitening_a_single_token_is_finite():
-    assert masked_whiten(row(7), mask(1)).item() == 0.0
 
 
 # kl_penalty --------------------------------------------------------------------------------------
@@ -152,19 +145,12 @@ def test_k2_and_k3_in_the_reward_hardly_pull_near_the_reference(estimator):
     assert as_reward.norm() < 0.05 * exact.norm()
 
 
-def test_k1_in_the_loss_has_no_gradient_at_all():
-    assert close(kl_gradients("k1")[2], torch.zeros(3))
-
-
-def test_k2_in_the_loss_has_the_gradient_of_the_kl():
-    exact, _, as_loss = kl_gradients("k2")
-    assert close(as_loss, exact)
-
-
-def test_k3_in_the_loss_has_the_gradient_of_the_forward_kl():
+def test_in_the_loss_k1_has_no_gradient_k2_that_of_the_kl_and_k3_that_of_the_forward_kl():
+    exact, _, k2 = kl_gradients("k2")
+    k1, k3 = kl_gradients("k1")[2], kl_gradients("k3")[2]
+    assert close(k1, torch.zeros(3)) and close(k2, exact)
     # The gradient of KL(ref || policy) with respect to the policy's logits is P - Q.
-    exact, _, as_loss = kl_gradients("k3")
-    assert close(as_loss, P - Q) and not close(as_loss, exact, 0.01)
+    assert close(k3, P - Q) and not close(k3, exact, 0.01)
 
 
 def test_an_unknown_estimator_is_an_error():
@@ -235,17 +221,11 @@ def test_lambda_zero_is_the_td_error():
     assert close(gae(row(1, 2), row(3, 4), mask(1, 1), 0.5, 0.0)[0], row(0, -2))
 
 
-def test_lambda_one_is_the_return_minus_the_value():
-    # Rewards to come, gamma 1: 6, 5, 3.
-    advantages, returns = gae(row(1, 2, 3), row(9, 8, 7), mask(1, 1, 1), 1.0, 1.0)
-    assert close(returns, row(6, 5, 3))
-    assert close(advantages, row(6 - 9, 5 - 8, 3 - 7))
-
-
-def test_lambda_one_is_the_discounted_return_minus_the_value():
-    # Rewards to come, gamma 1/2: 1 + 0.5·(2 + 0.5·4) = 3, 2 + 0.5·4 = 4, 4.
-    advantages, returns = gae(row(1, 2, 4), row(1, 1, 1), mask(1, 1, 1), 0.5, 1.0)
-    assert close(returns, row(3, 4, 4)) and close(advantages, row(2, 3, 3))
+@pytest.mark.parametrize(("gamma", "to_come"), [(1.0, (7, 6, 4)), (0.5, (3, 4, 4))])
+def test_lambda_one_is_the_discounted_return_minus_the_value(gamma, to_come):
+    # Rewards to come, gamma 1: 1 + 2 + 4 = 7, 6, 4; gamma 1/2: 1 + 0.5·(2 + 0.5·4) = 3, 4, 4.
+    advantages, returns = gae(row(1, 2, 4), row(9, 8, 7), mask(1, 1, 1), gamma, 1.0)
+    assert close(returns, row(*to_come)) and close(advantages, row(*to_come) - row(9, 8, 7))
 
 
 def test_with_lambda_one_the_returns_do_not_depend_on_the_critic():
@@ -269,6 +249,50 @@ def test_gae_equals_the_double_sum_of_its_definition():
     deltas = (rewards + gamma * following - values)[0]
     sums = [sum((gamma * lam) ** k * deltas[t + k] for k in range(5 - t)) for t in range(5)]
     assert close(gae(rewards, values, torch.ones(1, 5, dtype=torch.bool), gamma, lam)[0][0], sums)
+
+
+# compute_advantages ------------------------------------------------------------------------------
+
+
+def scored(*scores):
+    """Two real tokens and one padded slot, ended; three real tokens, cut at the limit."""
+    zeros, real = torch.zeros(2, 3), torch.cat([mask(1, 1, 0), mask(1, 1, 1)])
+    return Rollout(zeros, zeros, real, torch.tensor([True, False]), zeros, zeros, zeros,
+                   torch.tensor(scores))
+
+
+@pytest.mark.parametrize(("kl_coef", "settings", "expected"), [
+    (0.0, {}, [[0, 1, 0], [0, 0, 2]]),  # the scores
+    (0.0, {"missing_eos_penalty": 3.0}, [[0, 1, 0], [0, 0, -1]]),  # at the end of the cut response
+    (0.5, {}, [[-0.5, 0.5, 0], [-0.5, -0.5, 1.5]]),  # k1 is 1 at each token
+    (0.5, {"kl_in": "loss", "kl_estimator": "k2"}, [[0, 1, 0], [0, 0, 2]]),
+    # 0, 1, 0, 0, 2: mean 0.6 and std 0.8. With the penalty 0, 1, 0, 0, -1: mean 0, variance 0.4.
+    (0.0, {"whiten_rewards": True}, [[-0.15, 1.1, 0], [-0.15, -0.15, 2.35]]),
+    (0.0, {"whiten_rewards": True, "missing_eos_penalty": 3.0},
+     [[0, 2.5**0.5, 0], [0, 0, -(2.5**0.5)]]),
+])
+def test_rewards_are_score_kl_and_penalty(kl_coef, settings, expected):
+    rollout = scored(1.0, 2.0)
+    rollout.ref_logprobs = torch.full((2, 3), -1.0)
+    args = Args(**({"missing_eos_penalty": 0.0, "gae_lambda": 1.0} | settings))
+    _, returns = compute_advantages(rollout, kl_coef, args)  # with λ = 1: sums of rewards to come
+    assert close(returns - torch.nn.functional.pad(returns[:, 1:], (0, 1)), expected)
+
+
+def test_the_value_of_the_next_token_is_discounted_by_gamma_and_not_by_lambda():
+    rollout = scored(1.0, 0.0)  # rewards of row 0: 0, 1
+    rollout.old_values = torch.cat([row(0, 1, 0), row(0, 0, 0)])
+    _, returns = compute_advantages(rollout, 0.0, Args(gamma=0.5, gae_lambda=0.9))
+    # δ₁ = 1 - 1 = 0 and δ₀ = 0 + γ · 1 - 0 = 0.5; returns are δ + V.
+    assert returns[0, :2].tolist() == [0.5, 1]
+
+
+def test_advantages_are_whitened_and_returns_are_not():
+    # All values are 0, so returns are the rewards to come. Their mean is 2.8, their variance 2.16.
+    args = Args(missing_eos_penalty=0.0, gae_lambda=1.0)
+    advantages, returns = compute_advantages(scored(1.0, 4.0), 0.0, args)
+    assert returns.tolist() == [[1, 1, 0], [4, 4, 4]]
+    assert close(advantages[returns != 0], (returns[returns != 0] - 2.8) / 2.16**0.5)
 
 
 # policy_loss -------------------------------------------------------------------------------------
@@ -359,18 +383,15 @@ def test_losses_and_gradients_are_blind_to_the_padding(poison):
     assert torch.equal(run(poison), run(0.0))
 
 
-def test_losses_refuse_shapes_that_would_broadcast():
+def test_means_and_losses_refuse_shapes_that_would_broadcast():
     two = torch.ones(2, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="shapes differ"):
+        masked_mean(torch.ones(2, 1), two)
     with pytest.raises(ValueError, match="shapes differ"):
         value_loss(torch.ones(2, 1), torch.ones(2, 2), torch.ones(2, 2), two, 0.2)
 
 
 # adaptive_kl_coef, explained_variance ------------------------------------------------------------
-
-
-def test_the_kl_coefficient_rises_when_kl_is_above_target():
-    # KL 6.6 for 6: error 1/10, so 0.1 * (1 + 1/20).
-    assert close(adaptive_kl_coef(0.1, 6.6, 6.0), 0.105, 1e-8)
 
 
 def test_at_its_target_the_kl_coefficient_stays_and_units_do_not_matter():
@@ -379,12 +400,11 @@ def test_at_its_target_the_kl_coefficient_stays_and_units_do_not_matter():
     assert close(in_bits, adaptive_kl_coef(0.1, 6.6, 6.0), 1e-8)
 
 
-@pytest.mark.parametrize("observed_kl", [-6.0, 0.0, 4.7, 4.9, 7.1, 7.3, 60.0, 1e9])
-def test_the_kl_coefficient_moves_by_at_most_a_tenth(observed_kl):
-    # The error, KL / 6 - 1, is cut at a fifth: at KL 4.8 and at KL 7.2.
-    factor = adaptive_kl_coef(0.1, observed_kl, 6.0) / 0.1
-    cut = 0.9 if observed_kl < 4.8 else 1.1 if observed_kl > 7.2 else 0.5 + observed_kl / 12
-    assert factor == pytest.approx(cut, abs=1e-12)
+@pytest.mark.parametrize(("observed_kl", "factor"), [
+    (6.6, 1.05), (5.4, 0.95),  # a tenth above the target: 1 + 1/20; a tenth below
+    (-6.0, 0.9), (0.0, 0.9), (4.7, 0.9), (7.3, 1.1), (60.0, 1.1), (1e9, 1.1)])  # cut at 4.8, 7.2
+def test_the_kl_coefficient_follows_the_kl_by_at_most_a_tenth(observed_kl, factor):
+    assert adaptive_kl_coef(0.1, observed_kl, 6.0) == pytest.approx(0.1 * factor, abs=1e-12)
 
 
 def test_explained_variance_of_a_perfect_a_constant_and_a_bad_critic():

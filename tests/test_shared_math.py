@@ -8,12 +8,12 @@ import inspect
 
 import pytest
 import torch
+from conftest import make_policy
 
 import ppo_classic
 import ppo_rlhf
 
-SHARED = ["check_same_shape", "explained_variance", "gae", "kl_penalty", "policy_loss",
-          "value_loss"]
+SHARED = "check_same_shape", "explained_variance", "gae", "kl_penalty", "policy_loss", "value_loss"
 EVERYWHERE = torch.ones(4, 7, dtype=torch.bool)
 
 
@@ -62,15 +62,15 @@ def test_the_kl_of_the_classic_file_is_k3():
                                ppo_rlhf.kl_penalty(old, new, "k3"))
 
 
-def test_log_probabilities_entropy_whitening_and_explained_variance_agree():
-    logits, ids = draw(4, 7, 5), torch.arange(28).reshape(4, 7) % 5
-    returns, values = draw(2, 4, 7)
-    logprobs, entropies = ppo_rlhf.logprobs_and_entropy(logits, ids)
+def test_log_probabilities_entropies_whitening_and_explained_variance_agree():
+    policy, pair = make_policy(), draw(2, 4, 7)
+    batch = ppo_rlhf.encode(policy, [{"prompt": "the", "chosen": " plot was"}], "chosen")
+    logprobs, _, entropies = policy(batch, 1.0, with_entropies=True)
+    logits, ids = policy.lm(batch.sequence_ids).logits[:, :-1], batch.sequence_ids[:, 1:]
     for a, b in [
         (ppo_classic.logprobs_from_logits(logits, ids), logprobs),
         (ppo_classic.entropy(logits), entropies),
-        (ppo_classic.whiten(values), ppo_rlhf.masked_whiten(values, EVERYWHERE)),
-        (ppo_classic.explained_variance(returns, values),
-         ppo_rlhf.explained_variance(returns, values, EVERYWHERE)),
+        (ppo_classic.whiten(pair[0]), ppo_rlhf.masked_whiten(pair[0], EVERYWHERE)),
+        (ppo_classic.explained_variance(*pair), ppo_rlhf.explained_variance(*pair, EVERYWHERE)),
     ]:
         torch.testing.assert_close(a, b)
