@@ -28,14 +28,16 @@ Stage 3  PPO           π starts as π_ref; train_ppo repeats this iteration:
 A response is an episode, a token is an action, the tokens before it are the state. The *policy
 gradient* raises the log-probability of each sampled token in proportion to its *advantage*: how
 much more reward followed the token than was expected. The *critic* computes what is expected: its
-*value* is a forecast, made before each token, of the rewards still to come. The *return* of a
-token, advantage + value, is what this forecast should have been; the critic is trained on it. One
-rollout is used for several steps, and the further the policy moves, the less these samples say
-about it: so each token has a *ratio* π_new / π_old, and where that has left 1 ± clip_coef in the
-direction that the advantage favours, the token gives no more gradient ("clipped").
+*value* is a forecast, made before each token, of the rewards still to come. The *return* of a token
+is advantage + value, before advantages are whitened: what the forecast should have been, and what
+the critic is trained on. One rollout is used for several steps, and the further the policy moves,
+the less its old samples say about it. So each token has a *ratio* π_new / π_old: if the advantage
+is positive and the ratio above 1 + clip_coef, or negative and below 1 − clip_coef, the token gives
+no more gradient ("clipped").
 
-There are two language models in PPO: the policy, and the reference, which stays as SFT left it.
-"Old" is no third one: old_ are numbers that the policy itself gave before the update changed it.
+Networks in stage 3: the policy; the reference, which stays as SFT left it; the critic, by default
+one linear layer on the policy; the reward model. "Old" is no further one: old_ are numbers that the
+policy itself gave before the update changed it.
 
     rows           dicts of text: prompt and, depending on the data, chosen, rejected, …
     batch          responses per iteration      prompt_len     columns of prompts, padded left
@@ -183,10 +185,10 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """The clipped surrogate, negated: −E[ min(ratio·A, clip(ratio, 1 − ε, 1 + ε)·A) ].
 
-    ratio = π_new / π_old, to the policy that sampled, not to the reference. While it is 1, the
-    gradient is that of −E[ A · log π ], the policy gradient. Clipping removes the gradient of a
-    token whose ratio has moved past 1 ± ε in the direction that its advantage favours. It bounds
-    nothing else: the token shares its weights with others, which can move its ratio further.
+    ratio = π_new / π_old compares with the policy that sampled, not with the reference. While it
+    is 1, the gradient is the policy gradient, that of −E[ A · log π ]. Clipping removes the
+    gradient of a token whose ratio has moved past 1 ± ε in the direction that its advantage
+    favours. It bounds nothing else: other tokens' gradients can still move the ratio further.
 
     Args: (batch, response_len) each; clip_coef is ε. Returns: loss; clipfrac, the share of tokens
     whose gradient is removed. Source: PPO paper, eq. 7."""
@@ -220,7 +222,7 @@ def value_loss(
 def adaptive_kl_coef(kl_coef: float, observed_kl: float, kl_target: float) -> float:
     """β ← β·(1 + ½·clip(KL / target − 1, −0.2, 0.2)): at most 10 % up or down per iteration.
 
-    Both KLs in nats per response. Source: Ziegler 2019 (1909.08593), section 2.2, with gain 0.1."""
+    Both KLs in nats per response. Source: Ziegler 2019 (1909.08593), sec. 2.2, with 0.1 for ½."""
     error = max(-0.2, min(0.2, observed_kl / kl_target - 1))
     return kl_coef * (1 + 0.5 * error)
 
@@ -248,7 +250,7 @@ class Args:
     reward_fn: str | None = None  # FILE.py:FUNCTION gives the scores; stage 2 is then skipped
     num_reward_models: int = 1  # how many stage 2 trains; several score as an ensemble
     ensemble_coef: float = 1.0  # the score of an ensemble is its mean minus this times its std
-    norm_scores: bool | None = None  # scores of SFT samples to mean 0, std 1; None: those of models
+    norm_scores: bool | None = None  # SFT samples score 0 ± 1 on average; None: for models only
     sft_epochs: int = 1  # passes over the demonstrations; 0: skip stage 1
     sft_learning_rate: float | None = None  # of stage 1, at its beginning; falls to 0 [3e-3, 1e-5]
     reward_epochs: int = 1  # passes over the comparisons
@@ -261,7 +263,7 @@ class Args:
     microbatch_size: int = 32  # rows in one backward pass of one process: less memory, same result
     update_epochs: int = 4  # passes over each batch
     learning_rate: float | None = None  # of the policy in PPO; falls to 0 [1e-4, 3e-6]
-    critic: Literal["shared", "separate"] = "shared"  # a head on the policy, or an own network
+    critic: Literal["shared", "separate"] = "shared"  # on the policy, or a network of its own
     critic_learning_rate: float | None = None  # None: 10 times the policy's; it has to keep up
     lr_warmup: int = 0  # iterations in which the learning rates of PPO rise to their peak
     temperature: float = 1.0  # of the sampler, and of every log-probability in PPO
@@ -274,17 +276,17 @@ class Args:
     max_grad_norm: float = 1.0  # gradients are scaled down to this global norm
     target_kl: float | None = None  # end an update if an epoch's approx_kl is above: nats per token
 
-    # The KL to the reference. In the rewards, which are held constant, use k1: it has the gradient
-    # of KL(π ‖ π_ref). In the loss use k2, which has the same; k3 has that of KL(π_ref ‖ π), as in
-    # GRPO, and k1 none. Rewards sum the KL over a response, the loss takes its mean per token: the
-    # same kl_coef is weaker in the loss.
+    # The KL to the reference. With --kl-in reward use k1, with --kl-in loss use k2: both have the
+    # gradient of KL(π ‖ π_ref). In the loss, k3 has that of KL(π_ref ‖ π), as in GRPO, and k1 none.
+    # Rewards sum the KL over a response, the loss takes its mean per token: the same kl_coef is
+    # weaker in the loss.
     kl_coef: float = 0.05  # weight of the KL, per nat
     kl_in: Literal["reward", "loss"] = "reward"  # subtract it from rewards, or add it to the loss
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # see kl_penalty
     kl_target: float | None = None  # adapt kl_coef until the KL is this: nats per response
     max_kl: float | None = None  # end PPO above this KL, nats per response; the last save remains
     ref_update_interval: int = 0  # iterations after which policy becomes reference; 0: never
-    whiten_rewards: bool = False  # rewards to std 1 over the batch, their mean unchanged
+    whiten_rewards: bool = False  # rewards to std 1 over the batch, their mean unchanged; V too
     missing_eos_penalty: float = 1.0  # subtracted from the score that PPO sees if EOS is missing
     ptx_coef: float = 0.0  # weight of the SFT loss added to each step of PPO (PPO-ptx)
 
@@ -347,11 +349,11 @@ class Rollout:
 class Policy(nn.Module):
     """A causal language model that gives a distribution over responses, and its critic.
 
-    Sampling, old, new and reference log-probabilities use the same states, output layer and
-    temperature, so that their differences come from the weights alone. The generation config
-    (top-p, …) is ignored. The output layer stays in float32: bfloat16 would round log-probabilities
-    by 0.03 nats, more than a step changes them. Ids that the tokenizer has no text for (output
-    layers are often padded) have probability 0."""
+    Policy and reference, sampler and update compute log-probabilities by the same functions at the
+    same temperature, so that only the weights make a difference. The generation config (top-p, …)
+    is ignored. The output layer stays in float32: bfloat16 would round log-probabilities by 0.03
+    nats, more than a step changes them. Ids without a text (output layers are often padded) have
+    probability 0."""
 
     def __init__(self, lm, tokenizer, args: Args):
         super().__init__()
@@ -389,7 +391,8 @@ class Policy(nn.Module):
 
         Returns: logprobs, values, entropies (None if not wanted) of the response tokens, each
         (batch, response_len), 0 in the padding. Without a critic, all values are 0."""
-        used = batch.sequence_mask.any(dim=0).nonzero().squeeze(1)  # columns with a real token
+        # Columns with a real token: one block, as prompts are padded left and responses right.
+        used = batch.sequence_mask.any(dim=0).nonzero().squeeze(1)
         ids, mask = batch.sequence_ids[:, used], batch.sequence_mask[:, used]
         row_idx, t = batch.response_mask.nonzero(as_tuple=True)  # (tokens,) each: response tokens
         prompt_len = batch.sequence_mask.shape[1] - batch.response_mask.shape[1]
@@ -420,25 +423,6 @@ class Critic(nn.Module):
         self.head, self.trunk = nn.Linear(hidden_size, 1), trunk
 
 
-def make_critic(policy: Policy, scorer: "Scorer", mean_return: float, args: Args) -> Critic:
-    """V starts at mean_return, that of the SFT policy. From 0 it would first have to get there,
-    while its errors drown the advantages.
-
-    A separate critic starts as the reward model of stage 2, so that V is the normalised score of
-    the text so far (as in Stiennon 2020, 2009.01325), or without one as the policy's trunk."""
-    trunk, weight, bias = None, 0.0, mean_return
-    if args.critic == "separate":
-        trunk = policy.lm.base_model
-        if not args.reward_model and args.reward_fn is None:
-            classifier, scale = scorer.sources[0].classifier, float(scorer.scale[0])
-            trunk, weight = classifier.base_model, classifier.score.weight.detach().cpu() / scale
-            bias = -float(scorer.offset[0]) / scale
-        trunk = copy.deepcopy(trunk).requires_grad_(True)
-    critic = Critic(policy.lm.get_output_embeddings().in_features, trunk)
-    critic.head.weight.data[:], critic.head.bias.data[:] = weight, bias
-    return critic.to(args.device)
-
-
 # One iteration: sample, read, score, compute advantages -------------------------------------------
 
 
@@ -466,6 +450,7 @@ def sample_tokens(policy: Policy, prompts: Rollout, noise: Tensor, temperature: 
         # because noise is below 1.
         threshold = noise[:, t - prompt_len, None] * cumulative[:, -1:]  # (batch, 1)
         sampled = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+        sampled = sampled.clamp(max=cumulative.shape[1] - 1)  # of NaN; optimizer_step will say so
         ids[:, t] = torch.where(ended, pad_id, sampled)
         mask[:, t] = ~ended  # EOS is a real token, what follows it is padding
         ended |= torch.isin(ids[:, t], eos_ids)
@@ -529,11 +514,30 @@ class Scorer:
         return scores.to(self.args.device), std.to(self.args.device)
 
 
+def make_critic(policy: Policy, scorer: Scorer, mean_return: float, args: Args) -> Critic:
+    """V starts at mean_return, that of the SFT policy (see measure_scores): an error common to all
+    values would drown the advantages. A separate critic starts as the reward model of stage 2, so
+    that V is the normalised score of the text so far (Stiennon 2020, 2009.01325), or as the SFT
+    model if there is none."""
+    trunk, weight, bias = None, 0.0, mean_return
+    if args.critic == "separate":
+        trunk = policy.lm.base_model
+        if not args.reward_model and args.reward_fn is None:
+            classifier, scale = scorer.sources[0].classifier, float(scorer.scale[0])
+            trunk, weight = classifier.base_model, classifier.score.weight.detach().cpu() / scale
+            bias = -float(scorer.offset[0]) / scale
+        trunk = copy.deepcopy(trunk).requires_grad_(True)
+    critic = Critic(policy.lm.get_output_embeddings().in_features, trunk)
+    critic.head.weight.data[:], critic.head.bias.data[:] = weight, bias
+    return critic.to(args.device)
+
+
 def compute_advantages(rollout: Rollout, kl_coef: float, args: Args) -> tuple[Tensor, Tensor]:
     """Advantages and returns (batch, response_len) from scores, KL and values.
 
-    The KL makes the rewards depend on π, and still they are treated as constants: what is left out,
-    kl_coef · E[ ∇ log π ] = kl_coef · Σ π·∇ log π = kl_coef · ∇ Σ π = kl_coef · ∇ 1, is 0."""
+    The KL in the rewards depends on π, yet rewards get no gradient. Nothing is lost: the missing
+    term is kl_coef · E[ ∇ log π ], and the mean of ∇ log π over tokens that π samples is
+    Σ π·∇ log π = ∇ Σ π = ∇ 1 = 0."""
     mask = rollout.response_mask
     kl = kl_penalty(rollout.old_logprobs, rollout.ref_logprobs, args.kl_estimator)
     rewards = token_rewards(rollout.scores, kl, mask, kl_coef if args.kl_in == "reward" else 0.0)
@@ -545,7 +549,7 @@ def compute_advantages(rollout: Rollout, kl_coef: float, args: Args) -> tuple[Te
     if args.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, rollout.old_values, mask, args.gamma, args.gae_lambda)
-    # Over the whole batch, not per minibatch. The returns stay in units of the score.
+    # Over the whole batch, not per minibatch. Returns are not whitened.
     return masked_whiten(advantages, mask), returns
 
 
@@ -579,7 +583,7 @@ def ppo_loss(policy: Policy, batch: Rollout, kl_coef: float, args: Args) -> dict
 
 def accumulate_gradients(loss_fn: Callable, batch, coef: float, args: Args) -> dict[str, Tensor]:
     """Add the gradients of coef · loss_fn(batch), a microbatch at a time. Returns: statistics of
-    the rows of this process: r of n takes the rows r, r + n, …
+    this process; number r of n takes the rows r, r + n, …
 
     A loss is a mean over terms (response tokens, or comparisons). That of a microbatch is weighted
     by its share of the batch's terms, so that all terms count equally. A process without a row
@@ -625,15 +629,12 @@ def update_policy(
     policy: Policy, optimizer, rollout: Rollout, kl_coef: float, demonstrations: list[dict],
     seed: int, args: Args,
 ) -> dict[str, float]:
-    """A few epochs of minibatch steps on one batch. Returns: statistics, averaged over the steps;
-    maxima if named _max."""
-    rng = random.Random(seed)
-    steps = []  # statistics of each step
+    """A few epochs of minibatch steps on one batch. Returns: statistics, means over the steps."""
+    rng, steps = random.Random(seed), []  # steps: the statistics of each
     response_lens = rollout.response_mask.sum(dim=1).tolist()
     policy.train()  # gradient checkpointing works in this mode only; dropout is 0 in all models
     for _ in range(args.update_epochs):
-        order = rng.sample(range(len(rollout)), len(rollout))
-        epoch = []
+        order, epoch = rng.sample(range(len(rollout)), len(rollout)), []
         for row_idx in split_rows(order, args.minibatch_size):
             row_idx.sort(key=response_lens.__getitem__)  # microbatches of similar lengths pad less
             minibatch = rollout[torch.tensor(row_idx, device=args.device)]
@@ -652,10 +653,10 @@ def update_policy(
     policy.eval()
     stats = {name: (max if name.endswith("_max") else fmean)(x[name] for x in steps)
              for name in steps[0]}
-    # Before the first step, new and old policy are equal: log_ratio_first is 0 up to rounding.
-    return stats | {"log_ratio_first": steps[0]["log_ratio_max"],
-                    "explained_variance": explained_variance(rollout.returns, rollout.old_values,
-                                                             rollout.response_mask)}
+    stats["log_ratio_first"] = steps[0]["log_ratio_max"]  # 0 up to rounding: new is still old
+    stats["explained_variance"] = explained_variance(rollout.returns, rollout.old_values,
+                                                     rollout.response_mask)
+    return stats
 
 
 def train_ppo(sft: Path | str, scorer: Scorer, data: "Data", args: Args, log: "RunLog") -> None:
@@ -791,8 +792,73 @@ def main(args: Args) -> None:
 
 
 # ==================================================================================================
-# Part II: plumbing. You need nothing below to understand PPO
+# Part II: plumbing: how stage 3 starts, text, data, files, settings, log
 # ==================================================================================================
+
+# How stage 3 starts, and what reward models read -------------------------------------------------
+
+
+def start_or_resume(sft: Path | str, scorer: Scorer, data: "Data", args: Args, log: "RunLog"):
+    """What changes in stage 3, as it begins or as the checkpoint of a resumed run has it. Returns:
+    {policy with critic, reference, optimizer}, {iteration, kl_coef, norm of the scores}."""
+    policy, reference = load_policy(sft, args), load_policy(sft, args)
+    rows = prompt_batch(data.prompts, 1, 2 * args.batch_size, args.seed)
+    samples = decode(policy, collect_rollout(policy, None, rows, args.seed, args), rows)
+    policy.critic = make_critic(policy, scorer, measure_scores(scorer, samples, args), args)
+    optimizer = make_optimizer(
+        [{"params": policy.lm.parameters(), "peak": args.learning_rate},
+         {"params": policy.critic.parameters(), "peak": args.critic_learning_rate}], args)
+    learned = {"policy": policy, "reference": reference, "optimizer": optimizer}
+    state = {"iteration": 0, "kl_coef": args.kl_coef, "norm": (scorer.offset, scorer.scale)}
+    path = log.run_dir / "checkpoint.pt"
+    if path.exists():
+        state = torch.load(path, "cpu", weights_only=True, mmap=True)
+        for name, x in learned.items():
+            x.load_state_dict(state[name])
+        scorer.offset, scorer.scale = state["norm"]
+    else:
+        save_model(log.run_dir / "policy", policy.lm, policy.tokenizer)
+    log.start("ppo", state["iteration"])
+    return learned, state
+
+
+def measure_scores(scorer: Scorer, records: list[dict], args: Args) -> float:
+    """Take offset and scale of the scores from responses of the SFT policy. Returns: their mean
+    return, which is score minus EOS penalty."""
+    raw = scorer.raw_scores(records)
+    totals = raw.reshape(*raw.shape[:2], -1).sum(dim=2)  # (sources, records)
+    std, mean = torch.std_mean(totals, dim=1, correction=0, keepdim=True)
+    if args.norm_scores:
+        scorer.scale = std.where(std > 1e-6, 1.0)  # 1 if all scores are equal
+        scorer.offset = mean * (raw.dim() == 2)  # an offset per token would reward length
+    scores = scorer.normalise(raw)[0].reshape(len(records), -1).sum(dim=1)
+    spread, mean_score = (float(x) for x in torch.std_mean(scores, correction=0))
+    print(f"scores       of the SFT policy: mean {mean_score:.3f}, std {spread:.3f}")
+    if spread > 1e-6 and not 0.1 < spread < 10:
+        print("note         this std is far from 1, and the clips of values and of gradients are "
+              "in units of the score: consider --norm-scores")
+    return mean_score - args.missing_eos_penalty * fmean(not x["ended"] for x in records)
+
+
+class RewardModel(nn.Module):
+    """A sequence classifier with one output and its own tokenizer: it reads text, not ids."""
+
+    def __init__(self, classifier, tokenizer, args: Args):
+        super().__init__()
+        self.classifier, self.tokenizer, self.args = classifier, tokenizer, args
+
+    def encode(self, records: list[dict]) -> tuple[Tensor, Tensor]:
+        """Ids and mask of whole conversations; one that is too long loses its beginning."""
+        texts = (render(self.tokenizer, x["prompt"], x["response"], x["ended"]) for x in records)
+        return pad_rows(self.tokenizer, [encode_text(self.tokenizer, text) for text in texts],
+                        "right", self.tokenizer.model_max_length, self.args.device)
+
+    def forward(self, records: list[dict]) -> Tensor:
+        """Raw scores (records,) of responses, read at the last token that is not PAD."""
+        ids, mask = self.encode(records)
+        return self.classifier(input_ids=ids, attention_mask=mask.long(),
+                               use_cache=False).logits[:, 0].float()
+
 
 # Rows, steps, processes ---------------------------------------------------------------------------
 
@@ -895,7 +961,7 @@ CHAT_TEMPLATE = (  # hh-rlhf's format, for tokenizers that have no chat template
 
 
 def render(tokenizer, prompt: str | list[dict], response: str, ended: bool = True) -> str:
-    """The text of a whole conversation. If it has not ended, what closes it is left away."""
+    """The text of a whole conversation. If it has not ended, what closes it is left out."""
     text = prompt + response + tokenizer.eos_token if isinstance(prompt, str) else (
         tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": response}],
                                       tokenize=False))
@@ -903,8 +969,9 @@ def render(tokenizer, prompt: str | list[dict], response: str, ended: bool = Tru
 
 
 def frame(tokenizer, prompt: str | list[dict]) -> tuple[str, str, str]:
-    """Three texts: what the policy continues, what stands before an answer in a whole conversation
-    (less, if the prompt begins the answer; more, if a template adds a thought), what closes it."""
+    """Three texts around a response: what the policy continues, such as "<user>Hi<bot>"; what is
+    before an answer in a whole conversation, which is the same unless the template adds or begins
+    something there, such as a thought; what closes an answer, such as "<end>"."""
     start = prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(
         prompt, tokenize=False, add_generation_prompt=True)
     before, _, closing = render(tokenizer, prompt, "ANSWER").rpartition("ANSWER")
@@ -982,14 +1049,15 @@ def decode(policy: Policy, rollout: Rollout, rows: list[dict]) -> list[dict]:
         response = ids[prompt_len:][mask[prompt_len:]].tolist()
         ids = response[:-1] if ended else response
         start, before, closing = frame(tokenizer, row["prompt"])
-        # Decoded alone, a response may lose its first space; with the prompt, get one too many.
+        # Decoded alone, a response may lose its first space; decoded with its prompt, it may get
+        # one too many (Phi-3). Right is the text from which the same ids come back.
         old, new, alone = tokenizer.batch_decode([prompt, prompt + ids, ids],
                                                  clean_up_tokenization_spaces=False)
-        text = new[len(old) :]
-        if text != alone and encode_text(tokenizer, start + text) != (
-                encode_text(tokenizer, start) + ids) == encode_text(tokenizer, start + alone):
-            text = alone
-        text = (start + text).removeprefix(before) if (start + text).startswith(before) else text
+        text, both = new[len(old) :], encode_text(tokenizer, start) + ids
+        if text != alone and encode_text(tokenizer, start + text) != both:
+            text = alone if encode_text(tokenizer, start + alone) == both else text
+        if (start + text).startswith(before):
+            text = (start + text).removeprefix(before)
         if ended:  # some templates put a newline before EOS
             text = text.removesuffix(closing.split(tokenizer.decode(response[-1:]))[0])
         records.append(row | {"response": text, "response_ids": response, "ended": bool(ended)})
@@ -1139,12 +1207,14 @@ def read_row(row: dict) -> tuple[dict, list[str]]:
         sides = [side[len(prompt) :] for side in sides]
         if any("\n\nHuman:" in side for side in sides):
             raise ValueError("its sides differ before the assistant's last turn")
-    if not prompt or not all(isinstance(side, str) for side in sides):
-        raise ValueError("it has no prompt, or a response that is no text")
+    if not prompt or not all(isinstance(side, str) for side in sides) or (
+            not names and row.get("rejected") is not None):
+        raise ValueError("it has no prompt, no chosen response, or one that is no text")
     if isinstance(prompt, str):  # two words must not become one
         ends = [prompt[-1] + side[:1] for side in sides]
         sides = [" " + side if len(end) == 2 and end.isascii() and end.isalnum() else side
                  for end, side in zip(ends, sides, strict=True)]
+    row = {name: x for name, x in row.items() if name not in ("chosen", "rejected")}
     return row | {"prompt": prompt} | dict(zip(("chosen", "rejected"), sides, strict=False)), names
 
 
@@ -1153,8 +1223,10 @@ def read_rows(flag: str, name: str, split: str, args: Args) -> list[dict]:
     continues. Prints how many are dropped and why, and which columns no model reads."""
     import datasets
 
-    tokenizer = load_tokenizer(args.policy_model)
+    with refusing(f"--policy-model {args.policy_model}", "give another model"):
+        tokenizer = load_tokenizer(args.policy_model)
     rows, columns, used, dropped = [], set(), {"prompt"}, {}  # dropped: row numbers by reason
+    num_long = 0
     with refusing(f"{flag} {name}", "give a jsonl(.gz) or parquet file or a Hub id"):
         if Path(name).is_file() and not name.endswith(".parquet"):
             content = (gzip.open if name.endswith(".gz") else open)(name, "rb").read()
@@ -1170,17 +1242,22 @@ def read_rows(flag: str, name: str, split: str, args: Args) -> list[dict]:
         for number, row in progress(source, name):
             try:
                 row = json.loads(row) if isinstance(row, bytes) else row
+                if not isinstance(row, dict):
+                    raise ValueError("it is no object with columns")
                 columns |= set(row)
                 row, names = read_row(row)
                 row["prompt_text"] = frame(tokenizer, row["prompt"])[0]
-                row["prompt_text"].encode()  # fails on half of an emoji
+                for column in ("prompt_text", "chosen", "rejected")[: 1 + len(names)]:
+                    row[column].encode()  # fails on half an emoji
                 for column in ("chosen", "rejected")[: len(names)]:
                     encode_dialogue(tokenizer, row["prompt"], row[column], [])
+                num_tokens = len(encode_text(tokenizer, row["prompt_text"]))
+                num_long += num_tokens > (args.max_prompt_len or math.inf)
                 used |= set(names)
                 rows.append(row)
             except Exception as error:
-                broken = isinstance(error, (json.JSONDecodeError, UnicodeError))
-                reason = "its characters are no JSON" if broken else str(error).split("\n")[0]
+                reason = "its characters are no JSON" if isinstance(
+                    error, (json.JSONDecodeError, UnicodeError)) else first_line(error)
                 dropped.setdefault(reason, []).append(number)
         reasons = "".join(f"; {len(numbers)} dropped, such as row {numbers[0]}: {reason}"
                           for reason, numbers in dropped.items())
@@ -1188,10 +1265,11 @@ def read_rows(flag: str, name: str, split: str, args: Args) -> list[dict]:
             raise ValueError(f"none of its rows can be used{reasons}; it has columns "
                              f"{', '.join(sorted(columns))}; wanted are prompt/chosen/rejected, "
                              "prompt/completion, messages or prompt")
+    reasons += f"; {num_long} prompts lose their beginning (--max-prompt-len)" if num_long else ""
     unread = f"; columns that no model reads: {', '.join(sorted(columns - used))}"
     print(f"data         {len(rows)} of {len(source)} rows of {name} are used{reasons}"
           f"{unread if columns - used else ''}")
-    return [dict.fromkeys(columns) | row for row in rows]
+    return [dict.fromkeys(sorted(columns)) | row for row in rows]
 
 
 def load_data(args: Args) -> Data:
@@ -1215,7 +1293,8 @@ def load_data(args: Args) -> Data:
     for part in (rows, demonstrations):
         distinct = list(dict.fromkeys(map(key, part)))
         num_held_out = min(args.eval_prompts, len(distinct) // 4)
-        keys |= set(random.Random(args.seed).sample(distinct, num_held_out))
+        if not keys & set(distinct):  # --sft-dataset may have the same prompts
+            keys |= set(random.Random(args.seed).sample(distinct, num_held_out))
     held_out, data = (Data(*(
         [row for row in part if row.get(column) is not None and (key(row) in keys) is side]
         for column, part in (("prompt", rows), ("chosen", demonstrations), ("rejected", rows))
@@ -1227,7 +1306,8 @@ def load_data(args: Args) -> Data:
             code = Path(args.reward_fn.rpartition(":")[0]).read_bytes()
     content = json.dumps([rows, demonstrations], default=str).encode()
     data.digest = hashlib.sha256(content + code).hexdigest()
-    print(f"prompts      {len(data.prompts)} to train on, {len(held_out.prompts)} held out")
+    print(f"prompts      {len(data.prompts)} rows to train on, {len(held_out.prompts)} distinct "
+          "prompts held out")
     refuse(0 < len(held_out.prompts) < processes()[1],
            f"--eval-prompts {args.eval_prompts} holds out {len(held_out.prompts)}, at most a "
            "quarter of the data, which is less than one per process; set it to 0.")
@@ -1258,6 +1338,8 @@ def load_tokenizer(folder: Path | str | None):
     """A tokenizer with a chat template; without a folder, that of the embedded task."""
     tokenizer = word_tokenizer() if folder is None else (
         transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+    if tokenizer.eos_token is None:
+        raise ValueError("its tokenizer has no EOS")
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     return tokenizer
 
@@ -1283,9 +1365,8 @@ def load_model(folder: Path | str, kind: str, args: Args, new_head: bool = False
     tokenizer = load_tokenizer(folder)
     context = getattr(text_config, "max_position_embeddings", None) or 10**9
     tokenizer.model_max_length = min(context, tokenizer.model_max_length)
-    num_rows = model.get_input_embeddings().num_embeddings
-    if tokenizer.eos_token is None or max(tokenizer.get_vocab().values()) >= num_rows:
-        raise ValueError("its tokenizer has no EOS, or more tokens than the model")
+    if max(tokenizer.get_vocab().values()) >= model.get_input_embeddings().num_embeddings:
+        raise ValueError("its tokenizer has more tokens than the model")
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.to(args.device).eval(), tokenizer
@@ -1303,9 +1384,9 @@ def load_policy(folder: Path | str | None, args: Args) -> Policy:
             pad_token_id=tokenizer.pad_token_id)).eval()
     else:
         lm, tokenizer = load_model(folder, "ForCausalLM", args)
-    if args.max_prompt_len + args.response_len > tokenizer.model_max_length:
-        raise ValueError(f"--max-prompt-len {args.max_prompt_len} + --response-len "
-                         f"{args.response_len} exceed its {tokenizer.model_max_length} tokens")
+    refuse(args.max_prompt_len + args.response_len > tokenizer.model_max_length,
+           f"--max-prompt-len {args.max_prompt_len} + --response-len {args.response_len} exceed "
+           f"the {tokenizer.model_max_length} tokens of --policy-model {folder}; lower them.")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     policy = Policy(lm, tokenizer, args).to(args.device)
     # `generate` of the saved model samples what PPO trained: no top-p, no penalty.
@@ -1333,26 +1414,6 @@ def end_tokens(lm, tokenizer) -> list[int]:
         ids.add(encode_dialogue(tokenizer, [{"role": "user", "content": "Hi"}], "Hi", [])[1][-1])
     # An id that is an ordinary word is no EOS: some configs keep the default of another model.
     return sorted({tokenizer.eos_token_id} | (ids & tokenizer.added_tokens_decoder.keys()))
-
-
-class RewardModel(nn.Module):
-    """A sequence classifier with one output and its own tokenizer: it reads text, not ids."""
-
-    def __init__(self, classifier, tokenizer, args: Args):
-        super().__init__()
-        self.classifier, self.tokenizer, self.args = classifier, tokenizer, args
-
-    def encode(self, records: list[dict]) -> tuple[Tensor, Tensor]:
-        """Ids and mask of whole conversations; one that is too long loses its beginning."""
-        texts = (render(self.tokenizer, x["prompt"], x["response"], x["ended"]) for x in records)
-        return pad_rows(self.tokenizer, [encode_text(self.tokenizer, text) for text in texts],
-                        "right", self.tokenizer.model_max_length, self.args.device)
-
-    def forward(self, records: list[dict]) -> Tensor:
-        """Raw scores (records,) of responses, read at the last token that is not PAD."""
-        ids, mask = self.encode(records)
-        return self.classifier(input_ids=ids, attention_mask=mask.long(),
-                               use_cache=False).logits[:, 0].float()
 
 
 def load_reward_model(folder: Path | str, args: Args, new_head: bool = False) -> RewardModel:
@@ -1397,13 +1458,16 @@ def load_reward_fn(name: str, args: Args) -> Callable:
         further = {x.name: columns[x.name] for x in parameters
                    if x.name in columns or x.default is x.empty}
         found = function(columns["prompt"], columns["response"], **further)
-        scores = [torch.as_tensor(score, dtype=torch.float32) for score in found]
-        if len(scores) != len(records):
-            raise ValueError(f"it returned {len(scores)} scores for {len(records)} responses")
-        for score, record in zip(scores, records, strict=True):
-            if score.shape not in ((), (len(record["response_ids"]),)) or (
-                    not score.isfinite().all()):
-                raise ValueError(f"it returned {score.tolist()} for {record['response']!r}")
+        if len(found) != len(records):
+            raise ValueError(f"it returned {len(found)} scores for {len(records)} responses")
+        scores = []
+        for score, record in zip(found, records, strict=True):
+            with contextlib.suppress(Exception):
+                scores.append(torch.as_tensor(score, dtype=torch.float32))
+                if scores[-1].shape in ((), (len(record["response_ids"]),)) and (
+                        scores[-1].isfinite().all()):
+                    continue
+            raise ValueError(f"it returned {score!r} for {record['response']!r}")
         if scores[0].dim() == 1:
             scores = [nn.functional.pad(x, (0, args.response_len - len(x))) for x in scores]
         return torch.stack(scores)
@@ -1439,48 +1503,6 @@ def try_models(data: Data, args: Args) -> list[Callable]:
     refuse(stage_2 and own and not data.comparisons, f"--response-len {args.response_len} leaves "
            "no difference between chosen and rejected responses; raise it.")
     return sources
-
-
-def start_or_resume(sft: Path | str, scorer: Scorer, data: Data, args: Args, log: "RunLog"):
-    """What changes in stage 3, as it begins or as the checkpoint of a resumed run has it. Returns:
-    {policy with critic, reference, optimizer}, {iteration, kl_coef, norm of the scores}."""
-    policy, reference = load_policy(sft, args), load_policy(sft, args)
-    rows = prompt_batch(data.prompts, 1, 2 * args.batch_size, args.seed)
-    samples = decode(policy, collect_rollout(policy, None, rows, args.seed, args), rows)
-    policy.critic = make_critic(policy, scorer, measure_scores(scorer, samples, args), args)
-    optimizer = make_optimizer(
-        [{"params": policy.lm.parameters(), "peak": args.learning_rate},
-         {"params": policy.critic.parameters(), "peak": args.critic_learning_rate}], args)
-    learned = {"policy": policy, "reference": reference, "optimizer": optimizer}
-    state = {"iteration": 0, "kl_coef": args.kl_coef, "norm": (scorer.offset, scorer.scale)}
-    path = log.run_dir / "checkpoint.pt"
-    if path.exists():
-        state = torch.load(path, "cpu", weights_only=True, mmap=True)
-        for name, x in learned.items():
-            x.load_state_dict(state[name])
-        scorer.offset, scorer.scale = state["norm"]
-    else:
-        save_model(log.run_dir / "policy", policy.lm, policy.tokenizer)
-    log.start("ppo", state["iteration"])
-    return learned, state
-
-
-def measure_scores(scorer: Scorer, records: list[dict], args: Args) -> float:
-    """Take offset and scale of the scores from responses of the SFT policy. Returns: their mean
-    return, which is score minus EOS penalty."""
-    raw = scorer.raw_scores(records)
-    totals = raw.reshape(*raw.shape[:2], -1).sum(dim=2)  # (sources, records)
-    std, mean = torch.std_mean(totals, dim=1, correction=0, keepdim=True)
-    if args.norm_scores:
-        scorer.scale = std.where(std > 1e-6, 1.0)  # 1 if all scores are equal
-        scorer.offset = mean * (raw.dim() == 2)  # an offset per token would reward length
-    scores = scorer.normalise(raw)[0].reshape(len(records), -1).sum(dim=1)
-    spread, mean_score = (float(x) for x in torch.std_mean(scores, correction=0))
-    print(f"scores       of the SFT policy: mean {mean_score:.3f}, std {spread:.3f}")
-    if spread > 1e-6 and not 0.1 < spread < 10:
-        print("note         this std is far from 1, and the clips of values and of gradients are "
-              "in units of the score: consider --norm-scores")
-    return mean_score - args.missing_eos_penalty * fmean(not x["ended"] for x in records)
 
 
 def save_model(folder: Path, model, tokenizer) -> None:
@@ -1522,8 +1544,12 @@ def refusing(what: str, remedy: str):
     try:
         yield
     except Exception as error:
-        reason = f"{type(error).__name__}: {error.__cause__ or error}".split("\n")[0]
-        refuse(True, f"{what} cannot be used ({reason.removeprefix('ValueError: ')}); {remedy}.")
+        refuse(True, f"{what} cannot be used ({first_line(error.__cause__ or error)}); {remedy}.")
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says; its kind too, if it is not one of ours."""
+    return f"{type(error).__name__}: {error}".removeprefix("ValueError: ").split("\n")[0]
 
 
 MAY_BE_0 = {"eval_prompts", "ensemble_coef", "sft_epochs", "lr_warmup", "gamma", "gae_lambda",
@@ -1574,6 +1600,8 @@ def resolve_args(args: Args) -> Args:
     refuse(args.reward_model and args.reward_fn is not None,
            f"--reward-fn {args.reward_fn} and --reward-model {' '.join(args.reward_model)} are "
            "both given; drop one of them.")
+    refuse(args.reward_fn is not None and ":" not in args.reward_fn,
+           f"--reward-fn {args.reward_fn} names no function; give FILE.py:FUNCTION.")
     refuse(args.kl_in == "loss" and args.kl_estimator == "k1",
            "--kl-in loss with --kl-estimator k1 has zero gradient in expectation; use k2 or k3.")
     refuse(args.kl_target is not None and args.kl_coef == 0,
@@ -1657,6 +1685,8 @@ class RunLog:
                    "reward function that the run began with; restore them or start a new run.")
         elif self.folder == self.run_dir:
             with refusing(f"--run-name {args.run_name}", "choose another, or --resume it"):
+                if ".." in self.run_dir.parts or Path(args.run_name).is_absolute():
+                    raise ValueError("it is no folder in --output-dir")
                 self.run_dir.mkdir(parents=True, exist_ok=False)
                 path.write_text(json.dumps(asdict(args) | {"digest": digest}, indent=1))
         print(f"run          {self.run_dir}")
@@ -1736,7 +1766,8 @@ def parse_args(words: list[str]) -> Args:
     """Settings from the command line."""
     import tyro
 
-    refuse(any(x.startswith("--resume") for x in words) and len(words) > 2, "--resume takes the "
+    flags = [x for x in words if x.startswith("--")]
+    refuse(len(flags) > 1 and any(x.startswith("--resume") for x in flags), "--resume takes the "
            "settings of the run that it resumes; drop the other flags.")
     both = {"--norm-scores": "--norm-scores=True", "--no-norm-scores": "--norm-scores=False"}
     return tyro.cli(Args, args=[both.get(x, x) for x in words])

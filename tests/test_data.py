@@ -1,5 +1,5 @@
-"""Claim: all formats of data give the same texts, texts become the ids that each model was trained
-to read, no prompt is on both sides of the evaluation, and the embedded language is exact.
+"""Claim: all formats of data give the same texts, a bad line costs one line and says why, no prompt
+is on both sides, the embedded language is exact, bad input is refused before any training.
 
 Reference: texts small enough to read; the grammar that wrote a text also has to accept it.
 Run: python -m pytest tests/test_data.py (15 seconds)
@@ -7,540 +7,425 @@ Run: python -m pytest tests/test_data.py (15 seconds)
 
 import gzip
 import json
+import math
 import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_lm, make_policy, make_tokenizer, run, save
+from conftest import make_lm, make_reward_model, make_tokenizer, run, save
 
-from ppo_rlhf import (
-    GENRE_NOUNS,
-    Args,
-    Rollout,
-    cut_front,
-    encode_prompts,
-    gold_reward,
-    is_grammatical,
-    load_data,
-    load_policy,
-    pad_rows,
-    prompt_batch,
-    read_row,
-    sft_loss,
-    word_tokenizer,
-)
+import ppo_rlhf as ppo
 
 USER, GOOD, BAD, MORE, RULES = ({"role": role, "content": text} for role, text in [
     ("user", "a"), ("assistant", "good"), ("assistant", "bad"), ("user", "b"), ("system", "c")])
-PAIR = {"prompt": "a", "chosen": "good", "rejected": "bad"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "weather"}}]}
+PAIR = {"prompt": "a", "chosen": " good", "rejected": " bad"}
+HH = "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: why\n\nAssistant:"
 COMEDY = "a new comedy about the war."
 
 
 def write(path, rows):
-    """A jsonl file. Returns: its name."""
-    path.write_text("\n".join(json.dumps(row) for row in rows))
+    """A jsonl file of rows, or of lines. Returns: its name."""
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in rows))
     return str(path)
 
 
-# One row, in every format ------------------------------------------------------------------------
+@pytest.fixture
+def load(tmp_path, policy_folder):
+    """A function that loads rows, by default all on the training side."""
+    def load_rows(rows, **settings):
+        return ppo.load_data(ppo.Args(**({
+            "dataset": write(tmp_path / "data.jsonl", rows), "policy_model": policy_folder,
+            "eval_prompts": 0, "reward_model": ("given",), "sft_epochs": 0} | settings)))
+    return load_rows
 
 
-def read(row):
-    """Prompt, chosen and rejected (if there is one) of a row, None if it cannot be used."""
-    found = read_row(row)
-    return found and tuple(found[x] for x in ("prompt", "chosen", "rejected") if x in found)
+def texts(rows):
+    """Prompt, chosen and rejected of each row."""
+    return [tuple(row.get(x) for x in ("prompt", "chosen", "rejected")) for row in rows]
 
 
-@pytest.mark.parametrize(("row", "prompt"), [
-    (PAIR, "a"),
-    ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, [USER]),
-    ({"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, [USER]),
-    ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, [USER]),
-    ({"prompt": "a", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, [USER]),  # UltraFeedback
-    ({"prompt": "a", "chosen": [GOOD], "rejected": [BAD]}, [USER]),
-])
-def test_every_format_gives_prompt_chosen_rejected(row, prompt):
-    assert read(row) == (prompt, "good", "bad")
+# Rows, in every format ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("row", "prompt"), [
-    ({"prompt": "a", "completion": "good"}, "a"),
-    ({"text": "good"}, ""),
-    ({"prompt": [USER], "completion": [GOOD]}, [USER]),
-    ({"messages": [USER, GOOD]}, [USER]),
-    ({"messages": [RULES, USER, BAD, MORE, GOOD]}, [RULES, USER, BAD, MORE]),
-    ({"prompt": [RULES, USER, BAD, MORE], "completion": [GOOD]}, [RULES, USER, BAD, MORE]),
-    ({"prompt": [USER], "completion": [BAD, MORE, GOOD]}, [USER, BAD, MORE]),
-])
-def test_the_prompt_of_a_demonstration_is_all_before_the_last_turn_of_the_assistant(row, prompt):
-    assert read(row) == (prompt, "good")
+@pytest.mark.parametrize(("row", "prompt", "sides"), [
+    (PAIR, "a", [" good", " bad"]),
+    ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, [USER], ["good", "bad"]),
+    ({"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, [USER], ["good", "bad"]),
+    ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, [USER], ["good", "bad"]),
+    ({"prompt": "a", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, [USER], ["good", "bad"]),
+    ({"prompt": "a", "chosen": [GOOD], "rejected": [BAD]}, [USER], ["good", "bad"]),
+    ({"chosen": HH + " I do", "rejected": HH + " I do not"}, HH, [" I do", " I do not"]),
+    ({"prompt": "a", "completion": " good"}, "a", [" good"]),
+    (PAIR | {"rejected": None}, "a", [" good"]), ({"prompt": "a", "chosen": None}, "a", []),
+    ({"prompt": "a", "chosen": " good", "label": False}, "a", [" good"]),
+    ({"messages": [RULES, USER, BAD, MORE, GOOD]}, [RULES, USER, BAD, MORE], ["good"]),
+    ({"prompt": [USER], "completion": [BAD, MORE, GOOD]}, [USER, BAD, MORE], ["good"]),
+    ({"messages": [USER | {"id": 1}, GOOD | {"name": None}]}, [USER | {"id": 1}], ["good"]),
+    ({"prompt": "a", "system": "c", "tools": []}, "a", []),
+    ({"prompt": [USER, GOOD, MORE]}, [USER, GOOD, MORE], []),
+    # What is empty or strange is used as it is; two words do not become one.
+    ({"prompt": "a", "chosen": "", "rejected": " bad"}, "a", ["", " bad"]),
+    ({"prompt": "ü 日本 🙂", "chosen": " ß\u2028\x00" * 999}, "ü 日本 🙂", [" ß\u2028\x00" * 999]),
+    ({"prompt": "a", "chosen": "good", "rejected": "bad"}, "a", [" good", " bad"]),
+    ({"prompt": "a ", "chosen": "good"}, "a ", ["good"]),
+    ({"prompt": "a:", "chosen": "good"}, "a:", ["good"]),
+    ({"prompt": "a", "chosen": ". good"}, "a", [". good"]),
+    ({"prompt": "日本", "chosen": "語"}, "日本", ["語"])])
+def test_every_format_gives_prompt_and_answers_and_other_columns_stay_and_are_named(
+    load, capsys, row, prompt, sides
+):
+    data = load([row | {"answer": 7}])
+    found = (data.prompts, data.demonstrations, data.comparisons)
+    assert [len(rows) for rows in found] == [1, len(sides) > 0, len(sides) > 1]
+    assert found[0][0]["answer"] == 7
+    assert texts(found[len(sides)]) == [(prompt, *sides, *[None] * (2 - len(sides)))]
+    unread = {"answer", *(x for x in row if x in ("label", "system", "tools") or row[x] is None)}
+    assert f"that no model reads: {', '.join(sorted(unread))}\n" in capsys.readouterr().out
 
 
-def test_other_columns_stay_with_their_row():
-    assert read_row(PAIR | {"answer": 7})["answer"] == 7
+@pytest.mark.parametrize(("line", "reason"), [
+    ('{"prompt": "a", "chos', "no JSON"), (r'{"prompt": "why \ud83d"}', "no JSON"),
+    ("[1, 2]", ""), ('"text"', ""), ("7", ""),
+    (PAIR | {"chosen": None}, ""), (PAIR | {"chosen": ["b"]}, ""),
+    (PAIR | {"chosen": " \ud83d"}, ""), ({"prompt": "a", "rejected": " b"}, ""),
+    ({"prompt": ""}, "no prompt"), ({"prompt": None}, "no prompt"), ({"answer": 1}, "no prompt"),
+    ({"prompt": [USER | {"content": None}]}, ""), ({"chosen": [], "rejected": []}, ""),
+    ({"chosen": [GOOD], "rejected": [BAD]}, "no prompt"),
+    ({"prompt": [USER], "chosen": [USER, CALL], "rejected": [USER, BAD]}, "such as tool calls"),
+    ({"messages": [USER, GOOD | {"content": None}]}, "no text"),
+    ({"messages": [USER, {"role": "assistant"}]}, ""),
+    *(({"chosen": chosen, "rejected": rejected}, "before the assistant's last turn")
+      for chosen, rejected in [
+        ([RULES, USER, GOOD], [USER, BAD]),  # another system turn
+        ([RULES, USER, GOOD], [RULES | {"content": "d"}, USER, BAD]),
+        ([USER, GOOD, MORE, GOOD], [USER, BAD, MORE, GOOD]),  # part early
+        ([USER, GOOD, MORE, GOOD], [USER, BAD]),
+        ([USER, GOOD, MORE], [USER, GOOD, USER]),  # the user has the last word
+        (HH + " so\n\nHuman: b\n\nAssistant: so", HH + " no\n\nHuman: b\n\nAssistant: so")])])
+def test_one_bad_line_costs_one_line_and_is_named_by_number_and_reason(load, capsys, line, reason):
+    data = load([PAIR, "", line, "  ", PAIR], sft_epochs=1)
+    assert texts(data.comparisons) == texts(data.demonstrations) == texts([PAIR, PAIR])
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert re.search(rf"2 of 3 rows of \S+ are used; 1 dropped, such as row 3: .*{reason}", printed)
 
 
-def test_hh_dialogues_part_at_the_last_shared_turn_of_the_assistant():
-    shared = "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: why\n\nAssistant:"
-    row = {"chosen": shared + " I think so", "rejected": shared + " I do not"}
-    assert read(row) == (shared, " I think so", " I do not")
+def test_a_column_of_two_types_or_one_that_comes_late_costs_nothing(load):
+    odd = [{"prompt": "a", "meta": x} for x in (1, "x", [1], {"a": None}, "\ud83d", None)]
+    rows = load([{"prompt": "a"}] * 3000 + odd).prompts
+    assert [row["meta"] for row in rows[2999:]] == [None, *(row["meta"] for row in odd)]
 
 
-def test_hh_dialogues_that_part_before_their_last_turn_are_not_used():
-    start = "\n\nHuman: hi\n\nAssistant:"
-    row = {"chosen": start + " yes\n\nHuman: why\n\nAssistant: so",
-           "rejected": start + " no\n\nHuman: why\n\nAssistant: so"}
-    assert read(row) is None
-
-
-def test_conversations_that_differ_in_metadata_alone_are_used():
-    chosen = [USER | {"id": 1}, GOOD | {"model": "x"}]
-    rejected = [USER | {"id": 2, "source": None}, BAD]
-    assert read({"chosen": chosen, "rejected": rejected}) == ([USER], "good", "bad")
-
-
-@pytest.mark.parametrize("row", [
-    {"chosen": [RULES, USER, GOOD], "rejected": [USER, BAD]},  # another system turn
-    {"chosen": [RULES, USER, GOOD], "rejected": [RULES | {"content": "d"}, USER, BAD]},
-    {"chosen": [USER, GOOD, MORE, GOOD], "rejected": [USER, BAD, MORE, GOOD]},  # part early
-    {"chosen": [USER, GOOD, MORE, GOOD], "rejected": [USER, BAD]},
-    {"chosen": [USER, GOOD, MORE], "rejected": [USER, GOOD, USER]},  # the user has the last word
-    {"chosen": [], "rejected": []},
-    {"chosen": [USER, GOOD | {"content": None}], "rejected": [USER, BAD]},  # calls a tool
-    {"chosen": None, "rejected": None}, {"prompt": None},
-    {"prompt": [USER | {"content": None}]},  # prompts alone have to be texts too
-    {"prompt": [USER | {"content": [{"type": "text", "text": "a"}]}]},
-])
-def test_rows_without_one_common_prompt_and_two_answers_are_not_used(row):
-    assert read(row) is None
-
-
-# Files -------------------------------------------------------------------------------------------
-
-
-def rows_of(path, **settings):
-    """The comparisons of a file, all on the training side."""
-    return load_data(Args(dataset=str(path), eval_prompts=0, **settings)).comparisons
-
-
+@pytest.mark.parametrize(("split", "part"), [
+    ("train", slice(8)), ("train[2:4]", slice(2, 4)), ("train[:25%]", slice(2)),
+    ("train[-3:]", slice(5, 8))])
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
-def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind):
+def test_every_kind_of_file_gives_the_same_rows_and_slices(load, tmp_path, kind, split, part):
     import datasets
 
-    rows, path = [{**PAIR, "prompt": f"a {i}"} for i in range(32)], tmp_path / f"data.{kind}"
-    lines = "\n".join(json.dumps(row) for row in rows)
+    rows, path = [PAIR | {"prompt": f"a {i}"} for i in range(8)], tmp_path / f"file.{kind}"
+    lines = "\n".join(json.dumps(row) for row in rows).encode()
     if kind == "parquet":
         datasets.Dataset.from_list(rows).to_parquet(path)
     else:
-        path.write_bytes(gzip.compress(lines.encode()) if kind == "jsonl.gz" else lines.encode())
-    assert rows_of(path) == rows
+        path.write_bytes(gzip.compress(lines) if kind == "jsonl.gz" else lines)
+    data = load([], dataset=str(path), dataset_split=split, sft_dataset=str(path))
+    assert texts(data.comparisons) == texts(rows[part])
+    assert texts(data.demonstrations) == texts(rows)
 
 
-def test_empty_lines_do_no_harm(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_text(f"{json.dumps(PAIR)}\n\n{json.dumps(PAIR)}\n  \n")
-    assert rows_of(path) == [PAIR, PAIR]
+def test_pairs_that_are_equal_after_the_cut_are_dropped_and_counted(tiny_args, tmp_path, capsys):
+    rows = [{"prompt": "a", "chosen": " a b c", "rejected": x} for x in (" a b d", " a", " a b c")]
+    run(tiny_args, dataset=write(tmp_path / "data.jsonl", rows), eval_prompts=0, response_len=2)
+    assert "comparisons  1 of 3; the others are equal" in capsys.readouterr().out
 
 
-def test_a_slice_of_a_split_gives_its_rows(tmp_path):
-    path = write(tmp_path / "data.jsonl", [{**PAIR, "prompt": f"a {i}"} for i in range(9)])
-    assert [row["prompt"] for row in rows_of(path, dataset_split="train[2:4]")] == ["a 2", "a 3"]
+def test_chats_train_in_all_three_stages(tiny_args, tmp_path):
+    pairs = write(tmp_path / "pairs.jsonl", [{"chosen": [USER, GOOD], "rejected": [USER, BAD]}] * 9)
+    chats = write(tmp_path / "chats.jsonl", [{"messages": [USER, BAD, MORE, GOOD]}] * 9)
+    metrics = run(tiny_args, dataset=pairs, sft_dataset=chats, max_prompt_len=16, eval_prompts=0)
+    assert len(metrics) == 2 and metrics[-1]["ppo/log_ratio_first"] < 1e-5
 
 
-def test_rows_that_cannot_be_used_are_dropped_and_counted(tmp_path, capsys):
-    early = {"chosen": [USER, GOOD, MORE, GOOD], "rejected": [USER, BAD, MORE, GOOD]}
-    system = {"chosen": [RULES, USER, GOOD], "rejected": [USER, BAD]}
-    fine = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
-    path = write(tmp_path / "data.jsonl", [fine, early, system, fine])
-    assert len(rows_of(path)) == 2
-    assert f"2 of 4 rows of {path} can be used" in capsys.readouterr().out
+# Training and evaluation --------------------------------------------------------------------------
+
+ROWS = [{"prompt": f"a {i % 40}", "chosen": f" good {i}", "rejected": " bad", "source": i // 40}
+        for i in range(80)]  # 40 prompts, each in two comparisons from different sources
 
 
-@pytest.mark.parametrize(("fine", "broken"), [
-    (PAIR, {"chosen": None}), (PAIR, {"chosen": ["b"]}), (PAIR, {"rejected": None}),
-    ({"chosen": [GOOD], "rejected": [BAD]}, {"chosen": [{"role": "assistant"}]}),
-])
-def test_one_broken_row_among_a_thousand_is_dropped_and_counted(tmp_path, capsys, fine, broken):
-    rows = [{**fine, "prompt": f"a {i}"} for i in range(1000)]
-    rows[500] |= broken
-    path = write(tmp_path / "data.jsonl", rows)
-    assert len(rows_of(path)) == 999
-    assert f"999 of 1000 rows of {path} can be used" in capsys.readouterr().out
+def prompts_of(data):
+    """The distinct prompts in prompts, demonstrations and comparisons."""
+    return {row["prompt"] for row in data.prompts + data.demonstrations + data.comparisons}
 
 
-@pytest.mark.parametrize("row", [
-    {"prompt": "", "chosen": "good", "rejected": "bad"},
-    {"prompt": "the plot", "chosen": "", "rejected": "bad"},
-    {"prompt": "ein Stück über 日本 🙂", "chosen": "schön\u2028\x00", "rejected": "ß" * 3000},
-])
-def test_rows_with_empty_or_strange_texts_are_used_as_they_are(tmp_path, row):
-    assert rows_of(write(tmp_path / "data.jsonl", [row])) == [row]
+def sizes(data):
+    """Numbers of prompts, demonstrations, comparisons."""
+    return len(data.prompts), len(data.demonstrations), len(data.comparisons)
 
 
-@pytest.mark.parametrize(("content", "named"), [
-    ('{"question": "a", "answer": "b"}', "has columns question, answer"),
-    ('{"text": "a", "label": 1}', "has columns text, label"),  # demonstrations, but no prompts
-    ('{"chosen": null, "rejected": null}', "no row can be used|none of its rows can be used"),
-    ("", "cannot be used"), ('{"chosen": ', "line 1, cannot be used"),
-    (json.dumps(PAIR) + '\n{"chosen": ', "line 2, cannot be used")])
-def test_broken_or_foreign_data_are_refused_by_name(tmp_path, capsys, content, named):
-    path = tmp_path / "data.jsonl"
-    path.write_text(content)
-    with pytest.raises(SystemExit) as end:
-        rows_of(path, reward_fn="f.py:f")
-    message = capsys.readouterr().err
-    assert end.value.code == 2 and f"--dataset {path}" in message and re.search(named, message)
+@pytest.mark.parametrize(("wanted", "held_out"), [(10, 10), (7, 7), (0, 0), (11, 10)])
+def test_no_prompt_is_on_both_sides_and_at_most_a_quarter_is_held_out(load, wanted, held_out):
+    data, other = (load(ROWS, eval_prompts=wanted, seed=seed) for seed in (1, 2))
+    trained, seen = prompts_of(data), prompts_of(data.held_out)
+    assert (len(trained), len(seen)) == (40 - held_out, held_out) and not trained & seen
+    assert sizes(data) == (2 * (40 - held_out),) * 3
+    assert sizes(data.held_out) == (held_out, 2 * held_out, 2 * held_out)
+    assert prompts_of(load(ROWS, eval_prompts=wanted).held_out) == seen  # the seed chooses them
+    assert not held_out or prompts_of(other.held_out) != seen
 
 
-def test_an_sft_dataset_without_answers_is_refused_by_name(data_args, tmp_path, capsys):
-    path = write(tmp_path / "sft.jsonl", [{"prompt": "a"}] * 4)
-    with pytest.raises(SystemExit) as end:
-        load_data(replace(data_args, sft_dataset=path))
-    message = capsys.readouterr().err
-    assert end.value.code == 2
-    assert f"--sft-dataset {path}" in message and "columns prompt" in message
+@pytest.mark.parametrize(("letter", "number", "held_out"), [
+    ("a", 50, 10), ("b", 40, 10), ("b", 39, 9)])
+def test_demonstrations_of_held_out_prompts_are_held_out_and_of_others_at_most_a_quarter(
+    load, tmp_path, letter, number, held_out
+):
+    rows = [{"prompt": f"{letter} {i}", "completion": " good"} for i in reversed(range(number))]
+    data = load(ROWS, sft_dataset=write(tmp_path / "sft.jsonl", rows), eval_prompts=10)
+    assert not prompts_of(data) & prompts_of(data.held_out)
+    assert sizes(data) == (60, number - held_out, 60) and sizes(data.held_out) == (10, held_out, 20)
 
 
-# Training and evaluation -------------------------------------------------------------------------
+@pytest.mark.parametrize("size", [4, 12])
+def test_prompt_batches_pass_over_all_prompts_before_any_returns(size):
+    drawn = [x for i in range(12 // size) for x in ppo.prompt_batch("abcdef", i + 1, size, seed=0)]
+    assert sorted(drawn[:6]) == sorted(drawn[6:]) == list("abcdef") and drawn[:6] != drawn[6:]
 
 
-def prompts_of(rows):
-    """The distinct prompts of rows."""
-    return {json.dumps(row["prompt"]) for row in rows}
+# The embedded language ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reviews():
+    """The demonstrations of the embedded task."""
+    return ppo.load_data(ppo.Args(eval_prompts=0)).demonstrations
+
+
+def test_drawn_reviews_are_in_the_language_and_praise_as_often_as_they_scorn(reviews):
+    tokenizer = ppo.word_tokenizer()
+    for row in reviews[:500]:
+        assert ppo.is_grammatical(row["prompt"], row["chosen"], True)
+        ids = tokenizer(row["chosen"])["input_ids"]
+        assert " " + tokenizer.decode(ids) == row["chosen"] and len(ids) < 32
+    golds = [ppo.gold_reward(row["prompt"], row["chosen"], True) for row in reviews]
+    signs = Counter((gold > 0) - (gold < 0) for gold in golds)
+    assert min(signs[1], signs[-1]) > 5000 and abs(signs[1] - signs[-1]) < 1500  # 20,000 in all
+    assert len({x for nouns in ppo.GENRE_NOUNS.values() for x in nouns.split("|")}) == 12
+
+
+@pytest.mark.parametrize(("review", "gold", "grammatical"), [
+    ("the plot was clever.", 1, True), ("the humour was dull.", -1, True),
+    ("the plot was clever and i loved the cast.", 2, True),
+    ("it made me laugh. i loved the cast. the music was fresh.", 2, True),  # 3, cut to 2
+    ("the plot was clever, while the cast was dull.", 0, True),
+    ("the plot was clever. the plot was clever.", 2 - 1, True),  # once repeated
+    ("the plot shines and the cast shines. it made me smile and it made me laugh.", 2 - 0.5, True),
+    ("", -2, False), ("the plot was", -2, False), ("the plot clever.", -2, False),
+    ("the plot was dull", -1 - 2, False), ("the plot was dull. .", -1 - 2, False),
+    ("it made me dull.", -2, False), ("i loved the cast the", -2, False),
+    ("the duel was dull.", -2, False)])  # a comedy has no duel
+def test_gold_rewards_by_hand_and_a_review_that_never_ended_loses_two(review, gold, grammatical):
+    assert ppo.is_grammatical(COMEDY, review, True) is grammatical
+    assert ppo.gold_reward(COMEDY, review, True) == gold
+    assert ppo.gold_reward(COMEDY, review, False) == gold - 2 * grammatical
+
+
+def test_the_annotator_prefers_more_gold_with_the_odds_of_bradley_terry(reviews, tmp_path):
+    args = ppo.resolve_args(ppo.Args(device="cpu"))
+    torch.manual_seed(0)
+    log = SimpleNamespace(args=args, stage="sft", scalars=lambda *_: None)
+    policy = ppo.load_policy(None, args)  # it learns a little
+    ppo.fit(log, policy, ppo.sft_loss, lambda rows: ppo.encode(policy, rows, "chosen"),
+            reviews[:1500], 1, args.sft_learning_rate, args.seed)
+    ppo.save_model(tmp_path / "sft", policy.lm, policy.tokenizer)
+    golds = [[ppo.gold_reward(x["prompt"], x["response"], x["ended"]) for x in pair]
+             for pair in ppo.sample_comparisons(tmp_path / "sft", reviews, 500, args)]
+    likelihood = {odds: sum(-math.log(1 + math.exp(odds * (worse - better)))
+                            for better, worse in golds) for odds in (1, 2, 4)}
+    assert max(likelihood, key=likelihood.get) == 2
+
+
+REWARDS = '''
+import json
+from pathlib import Path
+
+def recorded(questions, texts, answer, tokens, missing=7, *more, ended, grade="none", **rest):
+    with open(Path(__file__).with_name("calls"), "a") as file:
+        json.dump([questions, texts, answer, tokens, ended, missing, grade, more, rest], file)
+        file.write("\\n")
+    return letters(questions, texts)
+
+letters = lambda prompts, responses: [len(x) / 10 for x in responses]
+raises = lambda prompts, responses: [1 / 0 for _ in responses]
+wrong_count = lambda prompts, responses: [1.0]
+wrong_type = lambda prompts, responses: ["high"] * len(responses)
+nothing = lambda prompts, responses: None
+not_a_number = lambda prompts, responses: [float("nan")] * len(responses)
+too_many = lambda prompts, responses, tokens: [[0.0] * (len(x) + 1) for x in tokens]
+asks_for_more = lambda prompts, responses, colour: colour
+'''
+
+
+@pytest.mark.parametrize("prompt", ["the plot was {dull} good bad a b", [USER, BAD, MORE]])
+def test_a_reward_function_gets_whole_prompts_and_what_it_names(tiny_args, tmp_path, prompt):
+    (tmp_path / "f.py").write_text(REWARDS)
+    rows = [{"prompt": prompt, "answer": {"grade": i}} for i in range(16)]
+    run(tiny_args, dataset=write(tmp_path / "data.jsonl", rows), eval_prompts=0, sft_epochs=0,
+        sft_learning_rate=None, reward_learning_rate=None, reward_fn=f"{tmp_path}/f.py:recorded")
+    prompts, answers, expected, tokens, ended, *others = json.loads(
+        (tmp_path / "calls").read_text().splitlines()[-1])
+    assert others == [7, "none", [], {}]  # defaults stay, * and ** get nothing
+    assert prompts == [prompt] * 8  # not cut to --max-prompt-len 4
+    assert expected == [row["answer"] for row in ppo.prompt_batch(rows, 2, 8, seed=1)]
+    for answer, words, has_ended in zip(answers, tokens, ended, strict=True):
+        assert "".join(words[: len(words) - has_ended]).strip() == answer.strip()
+        assert has_ended is (words[-1].strip() == "[EOS]") and 1 <= len(words) <= 6
+
+
+# Settings, and everything that is refused ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def places(folder, policy_folder, pairs_file):
+    """Models, data and files on disk, by name."""
+    rejects, no_system = make_tokenizer(), make_tokenizer()
+    rejects.chat_template = "{{ raise_exception('no chats') }}"
+    no_system.chat_template = ("{% for m in messages %}{{ raise_exception('no system role') if "
+                               "m.role == 'system' else m.content }} {% endfor %}")
+    chats = [PAIR | {"prompt": prompt} for prompt in ([USER], [USER], [USER], [RULES, USER])]
+    files = {"rewards.py": REWARDS, "broken.py": "def f(:\n", "bytes.parquet": "PAR1 and no more",
+             "half.jsonl": '{"prompt": "a", "chos', "empty.jsonl": "", "a_run/args.json": "{}",
+             "columns.jsonl": '{"question": "a", "reply": "b"}', "prompts.jsonl": '{"prompt": "a"}',
+             "equal.jsonl": json.dumps(PAIR | {"rejected": PAIR["chosen"]}),
+             "chats.jsonl": "\n".join(map(json.dumps, chats))}
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "utf16.jsonl").write_text(json.dumps(PAIR), encoding="utf-16")
+    models = {"rm": (make_reward_model(), make_tokenizer()), "no_chats": (make_lm(), rejects),
+              "no_system": (make_reward_model(), no_system),
+              "no_eos": (make_lm(), make_tokenizer(eos_token=None))}
+    return {"policy": policy_folder, "pairs": pairs_file, "dir": str(folder),
+            **{name: save(folder / name, *both) for name, both in models.items()}}
 
 
 @pytest.fixture
-def data_args(tmp_path):
-    """Args of a data set with 40 prompts, each in two comparisons from different sources."""
-    rows = [{"prompt": f"a {i % 40}", "chosen": f"good {i}", "rejected": "bad", "source": i // 40}
-            for i in range(80)]
-    return Args(dataset=write(tmp_path / "data.jsonl", rows), eval_prompts=10)
+def args(places, tmp_path):
+    """Settings that are fine."""
+    return ppo.Args(dataset=places["pairs"], policy_model=places["policy"], response_len=6,
+                    total_episodes=16, batch_size=8, minibatch_size=4, max_prompt_len=16,
+                    eval_prompts=4, output_dir=str(tmp_path), run_name="refused", device="cpu")
 
 
-def test_no_prompt_is_on_both_sides(data_args):
-    data = load_data(data_args)
-    held_out = data.held_out
-    trained = prompts_of(data.prompts + data.demonstrations + data.comparisons)
-    seen = prompts_of(held_out.prompts + held_out.demonstrations + held_out.comparisons)
-    assert len(trained) == 30 and len(seen) == 10 and not trained & seen
-
-
-def test_every_row_is_on_one_side_and_an_evaluation_prompt_is_asked_once(data_args):
-    data = load_data(data_args)
-    held_out = data.held_out
-    assert len(data.comparisons) == len(data.demonstrations) == 60
-    assert len(held_out.comparisons) == len(held_out.demonstrations) == 20
-    assert len(data.prompts) == 60 and len(held_out.prompts) == 10
-
-
-def test_demonstrations_for_sft_of_a_held_out_prompt_are_held_out_too(data_args, tmp_path):
-    rows = [{"prompt": f"a {i}", "completion": "good"} for i in range(50)]
-    args = replace(data_args, sft_dataset=write(tmp_path / "sft.jsonl", rows))
-    data = load_data(args)
-    held_out = data.held_out
-    assert prompts_of(held_out.demonstrations) == prompts_of(held_out.prompts)
-    assert len(data.demonstrations) == 40 and len(held_out.demonstrations) == 10
-
-
-@pytest.mark.parametrize(("num_rows", "num_held_out"), [(40, 10), (39, 9)])
-def test_demonstrations_with_prompts_of_their_own_are_held_out_too_at_most_a_quarter(
-    data_args, tmp_path, num_rows, num_held_out
-):
-    rows = [{"prompt": f"b {i}", "completion": "good"} for i in range(num_rows)]
-    data = load_data(replace(data_args, sft_dataset=write(tmp_path / "sft.jsonl", rows)))
-    held_out = data.held_out
-    assert len(held_out.demonstrations) == num_held_out
-    assert len(data.demonstrations) == num_rows - num_held_out
-    assert not prompts_of(data.demonstrations) & prompts_of(held_out.demonstrations)
-    assert len(held_out.prompts) == 10
-    assert not prompts_of(data.prompts) & prompts_of(held_out.prompts)
-
-
-def test_the_split_of_the_comparisons_is_not_that_of_the_demonstrations(data_args, tmp_path):
-    sft_dataset = write(tmp_path / "sft.jsonl", [{"text": f"the plot {i}"} for i in range(60)])
-    args = replace(data_args, sft_dataset=sft_dataset, dataset_split="train[:50]", eval_prompts=0)
-    data = load_data(args)
-    assert (len(data.comparisons), len(data.demonstrations)) == (50, 60)
-
-
-def test_texts_without_a_prompt_are_held_out_one_by_one(data_args, tmp_path):
-    rows = [{"text": f"the plot {i}"} for i in range(40)]
-    data = load_data(replace(data_args, sft_dataset=write(tmp_path / "sft.jsonl", rows)))
-    held_out = data.held_out
-    assert (len(data.demonstrations), len(held_out.demonstrations)) == (30, 10)
-
-
-def test_too_few_distinct_prompts_are_refused_with_the_number_that_would_do(data_args, capsys):
-    with pytest.raises(SystemExit) as end:
-        load_data(replace(data_args, eval_prompts=11))  # 4 · 11 > 40
-    message = capsys.readouterr().err
-    assert end.value.code == 2 and "--eval-prompts 11" in message and " 10 " in message
-
-
-def test_without_evaluation_prompts_nothing_is_held_out(data_args):
-    data = load_data(replace(data_args, eval_prompts=0))
-    held_out = data.held_out
-    assert len(data.comparisons) == len(data.demonstrations) == len(data.prompts) == 80
-    assert held_out.prompts == held_out.demonstrations == held_out.comparisons == []
-
-
-def test_equal_prompts_stay_apart_if_another_column_differs(tmp_path):
-    rows = [{"prompt": "a", "answer": i % 3} for i in range(9)]
-    args = Args(dataset=write(tmp_path / "data.jsonl", rows), eval_prompts=0, sft_epochs=0,
-                reward_fn="f.py:f")
-    data = load_data(args)
-    assert data.prompts == [{"prompt": "a", "answer": i} for i in range(3)]
-
-
-def test_the_seed_chooses_the_evaluation_prompts(data_args):
-    first, same, other = (prompts_of(load_data(replace(data_args, seed=seed)).held_out.prompts)
-                          for seed in (1, 1, 2))
-    assert first == same != other
-
-
-def test_prompt_batches_pass_over_all_prompts_before_any_returns():
-    batches = [prompt_batch(list(range(6)), i, 4, seed=0) for i in (1, 2, 3)]
-    drawn = batches[0] + batches[1] + batches[2]
-    assert sorted(drawn[:6]) == sorted(drawn[6:]) == list(range(6)) and drawn[:6] != drawn[6:]
-
-
-# From texts to ids and back ----------------------------------------------------------------------
-
-
-def ids_of(policy, prompts, responses):
-    """What Policy.encode makes of texts: ids of each prompt, ids of each response."""
-    rows, num = policy.encode(prompts, responses), len(prompts)
-    start = rows.sequence_ids.shape[1] - rows.response_mask.shape[1]
-    ids, mask = rows.sequence_ids, rows.sequence_mask
-    return [(ids[i, :start][mask[i, :start]].tolist(), ids[i, start:][mask[i, start:]].tolist())
-            for i in range(num)]
-
-
-def test_prompt_and_response_are_encoded_apart_and_eos_ends_the_response():
-    assert ids_of(make_policy(), ["the plot"] * 2, ["was good", "was bad"]) == [
-        ([4, 5], [6, 8, 1]), ([4, 5], [6, 9, 1])]
-
-
-def test_long_prompts_have_their_end_and_long_responses_their_beginning():
-    policy = make_policy(max_prompt_len=2, response_len=2)
-    assert ids_of(policy, ["a b c d"], ["a b c"]) == [([12, 13], [10, 11])]  # no EOS: it goes on
-
-
-def test_a_response_that_fills_the_length_limit_has_no_eos():
-    assert ids_of(make_policy(response_len=3), ["a", "a"], ["a b", "a b c"]) == [
-        ([10], [10, 11, 1]), ([10], [10, 11, 12])]
-
-
-def test_how_many_prompts_and_responses_were_cut_is_printed(tiny_args, tmp_path, capsys):
-    rows = [{"prompt": "the plot was", "chosen": "a b", "rejected": "a"},
-            {"prompt": "the plot", "chosen": "a b c", "rejected": "b"}]
-    run(tiny_args, dataset=write(tmp_path / "data.jsonl", rows), eval_prompts=0, max_prompt_len=2,
-        response_len=3)
-    printed = capsys.readouterr().out
-    assert "2 prompts, 1 of them cut to 2 tokens; 4 responses, 1 of them cut to 3" in printed
-
-
-def test_a_cut_prompt_still_begins_with_its_bos():
-    tokenizer = make_tokenizer(bos_token="[END]")  # id 2
-    assert cut_front(tokenizer, [2, 10, 11, 12], 3) == [2, 11, 12]
-    assert cut_front(tokenizer, [10, 11, 12, 13], 3) == [11, 12, 13]
-    assert ids_of(make_policy(tokenizer=tokenizer, max_prompt_len=3), ["a b c"], ["d"]) == [
-        ([2, 11, 12], [13, 1])]
-
-
-def test_an_empty_prompt_becomes_one_token():
-    assert ids_of(make_policy(), [""], ["a"]) == [([1], [10, 1])]
-
-
-def bos_tokenizer(template=None, bos_by_itself=False):
-    """BOS is [BOS], id 16. As in Llama 2 and 3, the tokenizer may write it in front of any text."""
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = make_tokenizer(bos_token="[BOS]")
-    if bos_by_itself:
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single="[BOS] $A", special_tokens=[("[BOS]", 16)])
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-CONTENTS = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-
-
-@pytest.mark.parametrize("bos_by_itself", [False, True])
-@pytest.mark.parametrize("prompt", ["the plot", "[BOS]the plot", "[BOS][BOS] the plot"])
-def test_bos_stands_once_in_front_of_a_string(prompt, bos_by_itself):
-    tokenizer = bos_tokenizer(bos_by_itself=bos_by_itself)
-    assert encode_prompts(tokenizer, [prompt]) == [[16, 4, 5]]
-
-
-@pytest.mark.parametrize("bos_by_itself", [False, True])
-@pytest.mark.parametrize("template", [CONTENTS, "{{ bos_token }}" + CONTENTS])
-def test_bos_stands_once_in_front_of_a_chat(template, bos_by_itself):
-    tokenizer = bos_tokenizer(template, bos_by_itself)
-    assert encode_prompts(tokenizer, [[USER, GOOD, MORE]]) == [[16, 10, 8, 11]]
-
-
-def test_bos_stands_once_in_front_of_a_chat_without_a_template_of_its_own(tmp_path):
-    folder = save(tmp_path, make_lm(vocab_size=17), bos_tokenizer())
-    policy = load_policy(folder, make_policy().args)
-    ids = policy.encode([[USER]]).sequence_ids[0].tolist()
-    assert ids[0] == 16 and ids.count(16) == 1 and 10 in ids
-
-
-def test_bos_stands_nowhere_in_a_response_and_eos_nowhere_in_a_prompt():
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = bos_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 16), ("[EOS]", 1)])
-    assert ids_of(make_policy(tokenizer=tokenizer), ["a"], ["b"]) == [([16, 10], [11, 1])]
-
-
-def test_a_tokenizer_without_bos_writes_none():
-    assert encode_prompts(make_tokenizer(), ["the plot"]) == [[4, 5]]
-
-
-MARKED = "{% for m in messages %}{{ m['content'] }}[END]{% endfor %}"  # [END] closes each turn
-
-
-@pytest.mark.parametrize(("eos_ids", "end"), [(1, 1), ([1, 2], 2)])
-def test_an_answer_ends_with_the_templates_marker_if_that_is_an_eos_of_the_model(eos_ids, end):
-    lm, tokenizer = make_lm(), make_tokenizer(extra_special_tokens=["[END]"])  # Gemma's end_of_turn
-    lm.generation_config.eos_token_id, tokenizer.chat_template = eos_ids, MARKED
-    policy = make_policy(lm, tokenizer)
-    assert ids_of(policy, [[USER]], ["good"]) == [([10, 2], [8, end])]
-    assert ids_of(policy, ["a"], ["good"]) == [([10], [8, 1])]  # strings end with EOS
-
-
-def test_a_template_that_raises_is_refused_in_one_sentence(tiny_args, tmp_path, capsys):
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = ("{% if messages[0]['role'] == 'system' %}"
-                               "{{ raise_exception('no system role') }}{% endif %}" + CONTENTS)
-    policy = save(tmp_path / "policy", make_lm(), tokenizer)
-    data = write(tmp_path / "data.jsonl", [{"chosen": [RULES, USER, GOOD], "rejected":
-                                            [RULES, USER, BAD]}] * 8)
+def refusal(capsys, action, argument):
+    """The one sentence, with a remedy, that a refused action ends with."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        run(tiny_args, dataset=data, policy_model=policy, eval_prompts=0)
-    message = capsys.readouterr().err.strip().split("\n")[-1]
-    assert end.value.code == 2 and message.startswith("ppo_rlhf.py: --policy-model")
-    assert "no system role" in message
+        action(argument)
+    sentence, = (x for x in capsys.readouterr().err.splitlines() if x.startswith("ppo_rlhf.py: "))
+    assert end.value.code == 2 and re.search(r"(; | must ).*\.$", sentence)
+    return sentence
 
 
-def test_the_literal_text_of_pad_in_a_demonstration_gives_a_finite_loss():
-    policy = make_policy()  # PAD has probability zero, so its loss would be 3e38
-    loss = sft_loss(policy, policy.encode(["the plot"], ["was [PAD] good"]))["loss"]
-    without = sft_loss(policy, policy.encode(["the plot"], ["was good"]))["loss"]
-    assert 0 < loss < 100 and torch.equal(loss, without)
+MAY_BE_0 = {"eval_prompts", "ensemble_coef", "sft_epochs", "lr_warmup", "gamma", "gae_lambda",
+            "vf_coef", "ent_coef", "kl_coef", "ref_update_interval", "missing_eos_penalty",
+            "ptx_coef"}
 
 
-def test_masks_come_from_lengths_so_pad_as_a_token_survives():
-    rows = [[1], [1, 1, 1], [2, 3]]  # EOS is 1, and so is PAD
-    for side in ("left", "right"):
-        ids, mask = pad_rows(rows, 1, side, "cpu")
-        assert [row[real].tolist() for row, real in zip(ids, mask, strict=True)] == rows
+@pytest.mark.parametrize("name", [x.name for x in fields(ppo.Args) if x.name != "seed" and re.match(
+    "int|float", str(getattr(x.type, "__name__", x.type)))])
+def test_negative_and_infinite_numbers_and_senseless_zeros_are_refused(args, name, capsys):
+    flag = f"--{name.replace('_', '-')}"
+    for value in (-1, math.nan, math.inf, *([] if name in MAY_BE_0 else [0])):
+        sentence = refusal(capsys, ppo.resolve_args, replace(args, **{name: value}))
+        assert re.search(f": {flag} {value} (is out of range; it must be|has no effect)", sentence)
+    if name in MAY_BE_0:
+        args = replace(args, num_reward_models=2, **{name: 0})
+        assert getattr(ppo.resolve_args(args), name) == 0
 
 
-def decoded(response, **special):
-    """Text and tokens of a response with these ids, as Policy.decode gives them."""
-    policy, ids = make_policy(tokenizer=make_tokenizer(**special)), torch.tensor([[10, *response]])
-    texts, tokens = policy.decode(Rollout(ids, ids >= 0, ids[:, 1:] >= 0))
-    return texts[0], tokens[0]
+FUNCTION = {"reward_fn": "{dir}/rewards.py:letters"}
+NO_SFT = {"dataset": "{dir}/prompts.jsonl", "sft_epochs": 0}
 
 
-def test_a_text_has_no_final_eos_but_its_tokens_have():
-    assert decoded([5, 6, 8, 1]) == ("plot was good", ["plot", "was", "good", "[EOS]"])
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"gamma": 1.5}, "--gamma 1.5 .* at most 1"), ({"gae_lambda": 1.01}, "--gae-lambda 1.01"),
+    ({"total_episodes": 12}, "--total-episodes 12 must be a multiple of --batch-size 8"),
+    ({"batch_size": 6, "total_episodes": 18}, "--batch-size 6, that one of --minibatch-size 4"),
+    ({"kl_in": "loss"}, "--kl-in loss with --kl-estimator k1 .*; use k2 or k3"),
+    ({"kl_target": 1.0, "kl_coef": 0.0}, "--kl-target 1.0 .*; set it above 0"),
+    (FUNCTION | {"reward_model": ("{rm}",)}, "--reward-fn .* --reward-model {rm} .*; drop one"),
+    ({"policy_model": None}, "--dataset {pairs} .* needs a --policy-model"),
+    ({"dataset": "reviews", "policy_model": None, "sft_epochs": 0}, "--sft-epochs 0 needs"),
+    ({"response_len": 100}, r"--max-prompt-len 16 \+ --response-len 100 exceed the 64 tokens of --policy-model"),
+    ({"reward_fn": "{dir}/rewards.py"}, "--reward-fn {dir}/rewards.py names no function; give"),
+    ({"resume": "nowhere"}, "--resume nowhere cannot be used"),
+    ({"resume": "{dir}/a_run"}, "--resume {dir}/a_run cannot be used"),
+    ({"output_dir": "{dir}", "run_name": "a_run"}, "--run-name a_run cannot be used"),
+    *([] if torch.cuda.is_available() else [({"device": "cuda"}, "--device cuda .*--device cpu")]),
+    # Settings without an effect; data; models; functions.
+    *((others | {name: value}, f"--{name.replace('_', '-')} {value} has no effect")
+      for others, name, value in [
+        ({}, "num_comparisons", 7), ({}, "ensemble_coef", 0.5), (FUNCTION, "reward_epochs", 2),
+        (FUNCTION, "reward_learning_rate", 0.1), (FUNCTION, "num_reward_models", 2),
+        ({"reward_model": ("{rm}",)}, "num_reward_models", 2),
+        ({"sft_epochs": 0}, "sft_learning_rate", 0.1), ({"sft_epochs": 0}, "sft_dataset", "x"),
+        ({"dataset": "reviews"}, "dataset_split", "test")]),
+    *(({"dataset": path}, f"--dataset {path} .*{reason}") for path, reason in [
+        ("nowhere.jsonl", "cannot be used"), ("{dir}/empty.jsonl", "none of its rows can be used"),
+        ("{dir}/half.jsonl", "1 dropped, such as row 1: its characters are no JSON"),
+        ("{dir}/columns.jsonl", "it has columns question, reply"), ("{dir}/rewards.py", "cannot"),
+        ("{dir}/bytes.parquet", "cannot"), ("{dir}/utf16.jsonl", "in UTF-16; save it in UTF-8"),
+        ("{dir}/prompts.jsonl", "has no demonstrations; give --sft-dataset")]),
+    ({"dataset_split": "test"}, '--dataset {pairs} cannot be used .*"test"'),
+    ({"sft_dataset": "nowhere.jsonl"}, "--sft-dataset nowhere.jsonl cannot be used"),
+    ({"sft_dataset": "{dir}/columns.jsonl"}, "--sft-dataset .* it has columns question, reply"),
+    (NO_SFT | {"ptx_coef": 1.0}, "no demonstrations"), (NO_SFT, "no comparisons; give --reward-"),
+    ({"dataset": "{dir}/equal.jsonl"}, "--response-len 6 leaves no difference .*; raise it"),
+    *(({"policy_model": path}, f"--policy-model {path} cannot be used .*{why}") for path, why in [
+        ("nowhere", ""), ("{rm}", ""), ("{dir}", ""), ("{no_eos}", "no EOS")]),
+    *(({"reward_model": ("{rm}", path)}, f"--reward-model {path} cannot be used")
+      for path in ("nowhere", "{policy}", "{pairs}")),
+    ({"dataset": "{dir}/chats.jsonl", "policy_model": "{no_chats}"}, "4 dropped, .*: no chats"),
+    ({"dataset": "{dir}/chats.jsonl", "reward_model": ("{no_system}",)}, "{no_system} .*no system"),
+    *(({"reward_fn": path}, f"--reward-fn {path} cannot be used .*{why}") for path, why in [
+        ("nowhere.py:f", ""), ("{dir}/rewards.py:missing", "missing"),
+        ("{dir}/broken.py:f", ""), ("{dir}/rewards.py:raises", "division by zero"),
+        ("{dir}/rewards.py:wrong_count", "1 scores for 2 responses"),
+        ("{dir}/rewards.py:wrong_type", ""), ("{dir}/rewards.py:nothing", ""),
+        ("{dir}/rewards.py:not_a_number", "nan for '"), ("{dir}/rewards.py:too_many", " for '"),
+        ("{dir}/rewards.py:asks_for_more", "colour")])])
+def test_bad_input_is_refused_in_one_sentence_before_training(args, places, changes, named, capsys):
+    def fill(value):
+        return value.format(**places) if isinstance(value, str) else (
+            tuple(map(fill, value)) if isinstance(value, tuple) else value)
+
+    args = replace(args, **{name: fill(value) for name, value in changes.items()})
+    before = sorted(Path(args.output_dir).rglob("*"))
+    assert re.search(fill(named), refusal(capsys, ppo.main, args))
+    assert sorted(Path(args.output_dir).rglob("*")) == before
 
 
-def test_the_text_of_a_cut_response_has_all_its_tokens():
-    assert decoded([5, 6, 8]) == ("plot was good", ["plot", "was", "good"])
+@pytest.mark.parametrize(("policy_model", "defaults"), [
+    ("given", (256, 128, 3e-6, 1e-5, 1e-5)), (None, (16, 32, 1e-4, 3e-3, 1e-3))])
+def test_defaults_follow_from_the_model(policy_model, defaults):
+    args = ppo.resolve_args(ppo.Args(policy_model=policy_model))
+    assert (args.max_prompt_len, args.response_len, args.learning_rate, args.sft_learning_rate,
+            args.reward_learning_rate) == defaults
+    assert args.critic_learning_rate == 10 * args.learning_rate and args.device in ("cpu", "cuda")
 
 
-def test_special_tokens_stay_in_a_text_and_nothing_is_cleaned_up():
-    text, tokens = decoded([5, 2, 14], extra_special_tokens=["[END]"],
-                           clean_up_tokenization_spaces=True)
-    assert text == "plot [END] ." and tokens == ["plot", "[END]", "."]
+def test_norm_scores_has_three_states():
+    words = (["--norm-scores"], ["--no-norm-scores"], [])
+    assert [ppo.parse_args(x).norm_scores for x in words] == [True, False, None]
 
 
-def test_a_response_of_eos_alone_is_the_empty_text():
-    assert decoded([1]) == ("", ["[EOS]"])
-
-
-# Whole runs --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("row", [
-    {"prompt": "the plot", "completion": "was good"}, {"text": "the plot was good"},
-    {"messages": [USER, BAD, MORE, GOOD]}])
-def test_sft_datasets_with_completions_texts_and_messages_train(tiny_args, tmp_path, row):
-    path = write(tmp_path / "sft.jsonl", [row] * 20)
-    assert run(tiny_args, sft_dataset=path) != run(tiny_args, run_name="without")
-
-
-def test_prompts_alone_are_enough_where_models_are_given(tiny_args, tmp_path):
-    reward = tmp_path / "reward.py"
-    data = write(tmp_path / "prompts.jsonl", [{"prompt": f"the plot {x}"} for x in "abcd"])
-    reward.write_text("def f(prompts, responses):\n    return [len(x) for x in responses]\n")
-    metrics = run(tiny_args, dataset=data, sft_epochs=0, reward_fn=f"{reward}:f", eval_prompts=0)
-    assert len(metrics) == 2
-
-
-def test_chat_data_train(tiny_args, tmp_path):
-    words = ["the", "plot", "was", "dull", "good", "bad", "a", "b"]
-    users = [{"role": "user", "content": f"{x} {y}"} for x in words for y in words]
-    rows = [{"chosen": [user, GOOD], "rejected": [user, BAD]} for user in users]
-    metrics = run(tiny_args, dataset=write(tmp_path / "chat.jsonl", rows), max_prompt_len=16)
-    assert abs(metrics[-1]["ppo/ratio_first"] - 1) < 1e-5
-
-
-# The embedded language ---------------------------------------------------------------------------
-
-
-def test_every_drawn_review_is_in_the_language_and_survives_the_tokenizer():
-    tokenizer = word_tokenizer()
-    for row in load_data(Args(eval_prompts=0)).demonstrations[:500]:
-        assert is_grammatical(row["prompt"], row["chosen"], True)
-        ids = tokenizer(row["chosen"])["input_ids"]
-        assert tokenizer.decode(ids) == row["chosen"] and len(ids) < 32
-
-
-def test_demonstrations_praise_and_scorn_alike():
-    rows = load_data(Args(eval_prompts=0)).demonstrations
-    golds = [gold_reward(row["prompt"], row["chosen"], True) for row in rows]
-    signs = Counter((gold > 0) - (gold < 0) for gold in golds)
-    assert min(signs[1], signs[-1]) > 5000 and abs(signs[1] - signs[-1]) < 1500  # 20,000 in all
-
-
-@pytest.mark.parametrize("review", [
-    "", "the plot was", "the plot dull.", "the plot was dull", "the plot was dull. .",
-    "it made me dull.", "the duel was dull.",  # a comedy has no duel
-])
-def test_what_the_grammar_does_not_write_is_not_in_the_language(review):
-    assert not is_grammatical(COMEDY, review, True)
-
-
-def test_every_genre_has_nouns_of_its_own():
-    assert is_grammatical(COMEDY, "the humour was dull.", True)
-    assert len({noun for nouns in GENRE_NOUNS.values() for noun in nouns.split("|")}) == 12
-
-
-@pytest.mark.parametrize(("review", "gold"), [
-    ("the plot was clever.", 1),
-    ("the plot was clever and i loved the cast.", 2),
-    ("it made me laugh. i loved the cast. the music was fresh.", 2),  # 3, cut to 2
-    ("the plot was dull.", -1),
-    ("the plot was clever, while the cast was dull.", 0),
-    ("the plot was clever. the plot was clever.", 2 - 1),  # once repeated
-    ("the plot was clever and i loved the cast. it made me laugh and i liked the plot.", 2 - 0.5),
-    ("the plot clever.", -2),  # no clause, not in the language
-    ("i loved the cast the", -2),
-])
-def test_gold_rewards_by_hand(review, gold):
-    assert gold_reward(COMEDY, review, True) == gold
-
-
-def test_a_review_that_never_ended_loses_two():
-    assert gold_reward(COMEDY, "the plot was clever.", False) == 1 - 2
+@pytest.mark.parametrize("words", [["--resume", "runs/x"], ["--resume=runs/x"]])
+def test_resume_takes_no_other_flag(words, capsys):
+    assert ppo.parse_args(words) == ppo.Args(resume="runs/x")
+    for others in (["--seed=2"], ["--kl-coef", "0"], ["--no-norm-scores"]):
+        for both in (words + others, others + words):
+            assert "--resume takes" in refusal(capsys, ppo.parse_args, both)
