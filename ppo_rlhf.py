@@ -988,14 +988,16 @@ def encode_text(tokenizer, text: str) -> list[int]:
     return ids or [tokenizer.eos_token_id]
 
 
-def encode_dialogue(tokenizer, prompt, response: str, eos_ids: list[int]) -> tuple[list, list]:
-    """Ids of prompt and response: the whole text is encoded, and the response is what follows the
-    encoded prompt, up to its first EOS: one of eos_ids, or the first special token in what closes
-    it. (Encoded apart, the first token of a response could be another.)
+def encode_dialogue(tokenizer, prompt, response: str | None, eos_ids: list) -> tuple[list, list]:
+    """Ids of prompt and response, if there is one. The whole text is encoded, and the response is
+    what follows the encoded prompt, up to its first EOS: one of eos_ids, or the first special token
+    in what closes it. (Encoded apart, the first token of a response could be another.)
 
     Raises: ValueError if the ids of the whole do not begin with those of the prompt."""
     start, _, closing = frame(tokenizer, prompt)
     prompt_ids = encode_text(tokenizer, start)
+    if response is None:
+        return prompt_ids, []
     whole = encode_text(tokenizer, render(tokenizer, prompt, response))
     if whole[: len(prompt_ids)] != prompt_ids:
         raise ValueError("the tokens of the whole text do not begin with those of the prompt")
@@ -1008,27 +1010,22 @@ def encode_dialogue(tokenizer, prompt, response: str, eos_ids: list[int]) -> tup
 
 def pad_rows(tokenizer, rows: list[list[int]], side: str, limit: int, device: str):
     """Ids and mask (rows, longest), padded on side "left" or "right". Of a row with more than limit
-    ids the last ones are used, behind BOS."""
-    cut = []
-    for ids in rows:
-        num_kept = int(ids[:1] == [tokenizer.bos_token_id])
-        num_cut = max(0, len(ids) - limit)
-        cut.append(torch.tensor(ids[:num_kept] + ids[num_kept + num_cut :], dtype=torch.long))
+    ids the last ones are used, after BOS."""
     pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
-    mask = pad([torch.ones(len(ids), dtype=torch.bool) for ids in cut])
-    return pad(cut, padding_value=tokenizer.pad_token_id).to(device), mask.to(device)
+    num_kept = [int(ids[:1] == [tokenizer.bos_token_id]) for ids in rows]
+    rows = [torch.tensor(ids if len(ids) <= limit else ids[:num] + ids[num - limit :]).long()
+            for ids, num in zip(rows, num_kept, strict=True)]
+    mask = pad([torch.ones_like(ids, dtype=torch.bool) for ids in rows])
+    return pad(rows, padding_value=tokenizer.pad_token_id).to(device), mask.to(device)
 
 
 def encode(policy: Policy, rows: list[dict], column: str | None = None) -> Rollout:
     """The prompts of rows of data, padded on the left, and the responses in a column, if one is
     named. These end with EOS, so that models learn to stop, or are cut at --response-len."""
     tokenizer, args = policy.tokenizer, policy.args
-    if column is None:
-        prompts = [encode_text(tokenizer, frame(tokenizer, row["prompt"])[0]) for row in rows]
-        responses = [[] for _ in rows]
-    else:
-        prompts, responses = zip(*(encode_dialogue(tokenizer, row["prompt"], row[column],
-                                                   policy.eos_ids) for row in rows), strict=True)
+    prompts, responses = zip(*(
+        encode_dialogue(tokenizer, row["prompt"], None if column is None else row[column],
+                        policy.eos_ids) for row in rows), strict=True)
     responses = [ids[: args.response_len] for ids in responses]
     ended = torch.tensor([any(x in policy.eos_ids for x in ids[-1:]) for ids in responses])
     ids, mask = pad_rows(tokenizer, prompts, "left", args.max_prompt_len, args.device)
@@ -1179,7 +1176,7 @@ class Data:
 
     prompts: list[dict]  # {prompt, and whatever other columns the data have}
     demonstrations: list[dict]  # {prompt, chosen}
-    comparisons: list  # rows {prompt, chosen, rejected}; cut_comparisons makes pairs of them
+    comparisons: list  # rows {prompt, chosen, rejected}; try_models makes pairs of them
     held_out: "Data | None" = None
     digest: str = ""  # of rows, rendered prompts and the reward function's file, for --resume
 
@@ -1317,18 +1314,6 @@ def load_data(args: Args) -> Data:
                 or args.reward_fn),
            f"--dataset {args.dataset} has no comparisons; give --reward-model or --reward-fn.")
     return data
-
-
-def cut_comparisons(policy: Policy, rows: list[dict]) -> list[tuple[dict, dict]]:
-    """Pairs of records (chosen, rejected), cut where the policy's responses are; pairs that are
-    then equal are dropped."""
-    chosen, rejected = ([record for part in split_rows(rows, 1000)
-                         for record in decode(policy, encode(policy, part, column), part)]
-                        for column in ("chosen", "rejected"))
-    pairs = [(x, y) for x, y in zip(chosen, rejected, strict=True)
-             if x["response_ids"] != y["response_ids"]]
-    print(f"comparisons  {len(pairs)} of {len(rows)}; the others are equal within --response-len")
-    return pairs
 
 
 # Models on disk -----------------------------------------------------------------------------------
@@ -1499,7 +1484,13 @@ def try_models(data: Data, args: Args) -> list[Callable]:
                 frame(reward_model.tokenizer, row["prompt"])
         sources += [reward_model] * (not stage_2)
     for side in (data, data.held_out) if stage_2 and own else ():
-        side.comparisons = cut_comparisons(policy, side.comparisons)
+        chosen, rejected = ([record for rows in split_rows(side.comparisons, 1000)
+                             for record in decode(policy, encode(policy, rows, column), rows)]
+                            for column in ("chosen", "rejected"))
+        side.comparisons = [(x, y) for x, y in zip(chosen, rejected, strict=True)
+                            if x["response_ids"] != y["response_ids"]]
+        print(f"comparisons  {len(side.comparisons)} of {len(chosen)}; the others are equal within "
+              "--response-len")
     refuse(stage_2 and own and not data.comparisons, f"--response-len {args.response_len} leaves "
            "no difference between chosen and rejected responses; raise it.")
     return sources
@@ -1672,9 +1663,6 @@ def means(records: list[dict]) -> dict[str, float]:
 class RunLog:
     """Files of a run and console. All processes but the first write into a temporary folder."""
 
-    CONSOLE = ("score", "gold", "grammatical", "kl", "response_len", "ended", "entropy", "clipfrac",
-               "kl_coef", "episodes_per_s")
-
     def __init__(self, args: Args, digest: str):
         self.args, self.run_dir = args, Path(args.output_dir, args.run_name)
         self.folder = self.run_dir if processes()[0] == 0 else Path(tempfile.mkdtemp())
@@ -1726,13 +1714,14 @@ class RunLog:
         perf["episodes_per_s"] = args.batch_size / sum(seconds)
         if args.device == "cuda":
             perf["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        line, shown = {"iteration": number, "episodes": episodes}, {}
+        line = {"iteration": number, "episodes": episodes}
         for group, values in (("rollout", means(records)), ("ppo", stats), ("perf", perf)):
             self.scalars(group, values, episodes)
             line |= {f"{group}/{x}": y if math.isfinite(y) else None for x, y in values.items()}
-            shown |= {x: y for x, y in values.items() if x in self.CONSOLE}
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
+        shown = {x.partition("/")[2]: y for x, y in line.items() if x.startswith("rollout/")
+                 or x in ("ppo/clipfrac", "ppo/kl_coef", "perf/episodes_per_s")}
         if number % 20 == 1:
             print("iteration " + "".join(f"{x:>{max(8, len(x) + 1)}}" for x in shown))
         print(f"{number:>4}/{args.total_episodes // args.batch_size:<5}" + "".join(

@@ -1,9 +1,10 @@
 """Claim: N processes do the work of one, each its share, and end with the same weights.
 
 Reference: the same runs in one process, here. torchrun starts the others, with gloo on the CPU.
-Run: python -m pytest tests/test_processes.py (60 seconds)
+Run: python -m pytest tests/test_processes.py (25 seconds)
 """
 
+import itertools
 import json
 import os
 import socket
@@ -38,132 +39,116 @@ def fails_in_process_1(prompts, responses):
 '''
 
 # Ragged prompts, and responses of which many end early, are in all of them.
-SETTINGS = {
-    "shared": {"kl_target": 1.0, "whiten_rewards": True},
-    "separate": {"critic": "separate", "ptx_coef": 0.5, "microbatch_size": 2},
-    "loss": {"kl_in": "loss", "kl_estimator": "k3", "ent_coef": 0.1, "score_norm": "none"},
-    "ensemble": {"ensemble_coef": 0.5, "ref_update_interval": 2},
+RUNS = {
+    "shared": {"reward_fn": "rewards.py:shares", "kl_target": 1.0, "whiten_rewards": True},
+    "separate": {"reward_model": ("judge1", "judge2"), "critic": "separate", "ptx_coef": 0.5,
+                 "ref_update_interval": 2, "microbatch_size": 2},
+    # All three stages. Of six demonstrations one is held out, and a step has five.
+    "loss": {"sft_epochs": 2, "sft_dataset": "six.jsonl", "sft_learning_rate": 1e-4,
+             "reward_learning_rate": 1e-4, "norm_scores": False, "kl_in": "loss",
+             "kl_estimator": "k3", "ent_coef": 0.1},
+    # The embedded task. For 501 comparisons 2 · 501 responses are sampled, 1000 at a time.
+    "reviews": {"dataset": "reviews", "policy_model": None, "sft_epochs": 1, "response_len": 8,
+                "sft_dataset": "reviews.jsonl", "num_comparisons": 501,
+                "reward_learning_rate": 1e-4},
+    "fails": {"reward_fn": "rewards.py:fails_in_process_1"},
 }
+COMPLETED = list(RUNS)[:-1]
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, pairs_file):
-    """A policy, two reward models, comparisons with a number each, and reward functions."""
+    """A policy, two reward models, data, and reward functions, in the folder of the runs."""
     folder = tmp_path_factory.mktemp("processes")
-    lines = Path(pairs_file).read_text().splitlines()
-    rows = [json.loads(line) | {"answer": i} for i, line in enumerate(lines)]
-    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = [json.loads(line) for line in Path(pairs_file).read_text().splitlines()]
+    six = [{"prompt": f"a {x['prompt']}", "completion": " the plot ."} for x in rows[:6]]
+    reviews = [{"prompt": f"a {genre} about {theme}.", "completion": f" the {noun} was {word}."}
+               for genre, theme, noun, word in itertools.product(
+                   ("comedy", "western"), ("the sea", "lost love"), ("plot", "cast"), ("dull",))]
+    for name, part in {"pairs": [x | {"answer": i} for i, x in enumerate(rows)], "six": six,
+                       "reviews": reviews}.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
     (folder / "rewards.py").write_text(REWARDS)
-    policy = make_lm("GPT2")
-    policy.generation_config.eos_token_id = [1, 4, 5, 6]  # many responses end early
-    save(folder / "policy", policy, make_tokenizer())
+    save(folder / "policy", make_lm(), make_tokenizer())
     for seed in (1, 2):
         save(folder / f"judge{seed}", make_reward_model(seed=seed), make_tokenizer())
     return folder
 
 
-def settings(places, output_dir):
-    """Four runs of PPO alone, 3 iterations of 10 responses, and one of all three stages."""
-    judges = [str(places / "judge1"), str(places / "judge2")]
+def settings(output_dir):
+    """Runs of 3 iterations of 10 responses."""
     usual = Args(
-        dataset=str(places / "pairs.jsonl"), policy_model=str(places / "policy"), sft_epochs=0,
-        reward_model=judges[:1], total_episodes=30, adam_eps=1e-5, batch_size=10, minibatch_size=5,
-        update_epochs=2, response_len=6, max_prompt_len=4, eval_prompts=5, learning_rate=1e-4,
-        sft_learning_rate=1e-4, reward_learning_rate=1e-4, temperature=0.9, device="cpu",
-        output_dir=str(output_dir))
-    runs = [replace(usual, run_name=name, **changes) for name, changes in SETTINGS.items()]
-    runs[-1] = replace(runs[-1], reward_model=judges)
-    stages = replace(usual, run_name="stages", sft_epochs=1, reward_model=(), minibatch_size=10)
-    called = replace(usual, run_name="called", reward_model=(), score_norm="none",
-                     reward_fn=f"{places / 'rewards.py'}:shares")
-    return [*runs, stages, called]
-
-
-def torchrun(number, script, *arguments):
-    """Start a script in so many processes. Returns: the finished torchrun."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with socket.socket() as free:  # the system chooses a port that nobody uses
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(number),
-         "--master-port", str(port), str(script), *arguments],
-        env=environment, text=True, capture_output=True, timeout=300)
+        dataset="pairs.jsonl", policy_model="policy", sft_epochs=0, total_episodes=30,
+        batch_size=10, minibatch_size=5, update_epochs=2, response_len=6, max_prompt_len=4,
+        eval_prompts=5, learning_rate=1e-4, temperature=0.9, device="cpu", output_dir=output_dir)
+    return [replace(usual, run_name=name, **changes) for name, changes in RUNS.items()]
 
 
 @pytest.fixture(scope="module")
 def one_process(places):
-    """The folder of all runs, made in this process."""
-    for args in settings(places, places / "1"):
-        main(args)
+    """The folder of all runs but the one that fails, made in this process."""
+    with pytest.MonkeyPatch.context() as context:
+        context.chdir(places)
+        for args in settings("1")[:-1]:
+            main(args)
     return places / "1"
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def processes(request, places, one_process):
-    """The folder of the same runs, made by 2 and by 3 processes, and how many there were."""
-    number = request.param
-    (places / "calls.jsonl").unlink(missing_ok=True)
-    for path in places.glob("calls?.jsonl"):
+    """The folder of the same runs, made by 2 and by 3 processes, and the finished torchrun."""
+    for path in places.glob("calls*.jsonl"):
         path.unlink()
-    many = [asdict(x) for x in settings(places, places / str(number))]
+    many = [asdict(args) for args in settings(str(request.param))]
     (places / "settings.json").write_text(json.dumps(many))
-    done = torchrun(number, Path(__file__).with_name("run_many.py"), str(places / "settings.json"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return places / str(number), number
+    with socket.socket() as free:  # the system chooses a port that nobody uses
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={request.param}",
+         f"--master-port={port}", Path(__file__).with_name("run_many.py"), "settings.json"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, cwd=places,
+        text=True, capture_output=True, timeout=300)
+    return places / str(request.param), done
 
 
-def difference(folder, other):
-    """The largest difference between the weights of two saved models."""
-    mine, its = (load_file(x / "model.safetensors") for x in (folder, other))
-    assert mine.keys() == its.keys()
-    return max((mine[name] - its[name]).abs().max().item() for name in mine)
+def read_rows(path):
+    """The rows of a jsonl file, without times."""
+    return [{key: x for key, x in json.loads(line).items() if "perf" not in key}
+            for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_ppo_ends_with_the_weights_of_one_process(one_process, processes, name):
-    folder, _ = processes
-    assert difference(one_process / name / "policy", folder / name / "policy") < 1e-5
-
-
-@pytest.mark.parametrize("stage", ["sft", "reward_model"])
-def test_stages_1_and_2_end_with_the_weights_of_one_process(one_process, processes, stage):
-    folder, _ = processes
-    assert difference(one_process / "stages" / stage, folder / "stages" / stage) < 1e-5
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_the_log_is_that_of_one_process_and_has_each_iteration_once(one_process, processes, name):
-    rows, others = ([{key: x for key, x in json.loads(line).items()
-                      if "perf" not in key and key != "wall_time"}
-                     for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-                    for folder in (one_process, processes[0]))
-    assert [row["iteration"] for row in others] == [1, 2, 3]
-    for row, other in zip(rows, others, strict=True):
-        assert other == pytest.approx(row, rel=1e-3, abs=1e-3)
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_the_answers_are_written_once_and_are_those_of_one_process(one_process, processes, name):
-    rows, others = ([json.loads(line)["ppo"]["response"] for line in
-                     (folder / name / "before_after.jsonl").read_text().splitlines()]
-                    for folder in (one_process, processes[0]))
-    assert rows == others
+@pytest.mark.parametrize("name", COMPLETED)
+def test_all_stages_end_with_weights_metrics_and_answers_of_one_process(
+    one_process, processes, name
+):
+    one, other = one_process / name, processes[0] / name
+    assert (other / "before_after.jsonl").exists(), processes[1].stderr
+    for path in one.glob("*/model.safetensors"):
+        mine, its = load_file(path), load_file(other / path.parent.name / path.name)
+        assert mine.keys() == its.keys()
+        assert max((mine[x] - its[x]).abs().max().item() for x in mine) < 1e-5, path
+    metrics = read_rows(other / "metrics.jsonl")
+    assert [row["iteration"] for row in metrics] == [1, 2, 3]  # each once
+    for row, expected in zip(metrics, read_rows(one / "metrics.jsonl"), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    responses = [[row["ppo"]["response"] for row in read_rows(x / "before_after.jsonl")]
+                 for x in (one, other)]
+    assert responses[0] == responses[1]
 
 
 def test_each_process_scores_its_share_of_the_rows(processes, places):
-    _, number = processes
-    shares = [list(map(json.loads, (places / f"calls{rank}.jsonl").read_text().splitlines()))
-              for rank in range(number)]
-    # The last call is that of the final evaluation, the three before it those of the iterations.
-    for rows in zip(*(share[-4:-1] for share in shares), strict=True):
+    shares = [list(map(json.loads, path.read_text().splitlines()))
+              for path in sorted(places.glob("calls?.jsonl"))]
+    assert len(shares) == int(processes[0].name)
+    # The last calls are those of the three iterations and of the evaluation after them. The first
+    # pass over the 27 prompts ends in iteration 3.
+    for rows in zip(*(share[-4:-2] for share in shares), strict=True):
         assert len({x for share in rows for x in share}) == 10
         assert max(map(len, rows)) - min(map(len, rows)) <= 1
 
 
-def test_a_process_that_fails_ends_the_others_and_says_why(places):
-    args = replace(settings(places, places / "failing")[-1],
-                   reward_fn=f"{places / 'rewards.py'}:fails_in_process_1")
-    (places / "settings.json").write_text(json.dumps([asdict(args)]))
-    done = torchrun(2, Path(__file__).with_name("run_many.py"), str(places / "settings.json"))
-    assert done.returncode != 0 and "RuntimeError: the judge has left" in done.stderr
+def test_a_process_that_fails_ends_the_others_and_says_why(processes):
+    folder, done = processes
+    assert done.returncode != 0 and "the judge has left" in done.stderr
+    assert not (folder / "fails" / "before_after.jsonl").exists()

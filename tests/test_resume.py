@@ -1,338 +1,220 @@
-"""Claim: a run that is interrupted anywhere and resumed ends as if nothing had happened.
+"""Claim: a run that is stopped anywhere and resumed ends as if nothing had happened.
 
-Reference: an undisturbed run. Kills are imitated by errors that a reward function raises, and by
-taking away what a killed run would not have written yet; benchmarks/resume.py kills processes.
+Reference: undisturbed runs, bit by bit. Processes are killed; other ends are imitated by Ctrl-C in
+a reward function, and by taking away what a killed run would not have written yet.
 Run: python -m pytest tests/test_resume.py (30 seconds)
 """
 
 import json
-import os
 import re
 import shutil
 import signal
-from dataclasses import replace
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_metrics
+from conftest import make_lm, make_tokenizer, read_metrics, save
+from safetensors.torch import load_file
 
-from ppo_rlhf import Args, RunLog, main, resolve_args
+import ppo_rlhf
+from ppo_rlhf import Args, main, parse_args
 
 REWARDS = '''
-import os
 import signal
 from pathlib import Path
 
-HERE = Path(__file__).parent
-
-
 def letters(prompts, responses):
-    """The length of a response. Counts its calls in a file, and does at one of them what another
-    file says."""
-    calls = len((HERE / "calls").read_text()) + 1
-    (HERE / "calls").write_text("x" * calls)
-    number, what = (HERE / "plan").read_text().split(" ", 1)
-    if calls == int(number):
-        exec(what)
+    """The length of a response. When a run has so many iterations as a file says, somebody presses
+    Ctrl-C, or a folder stands where its checkpoint is to be written."""
+    run, iterations, what = Path("plan").read_text().split()
+    log = Path("runs", run, "metrics.jsonl")
+    if log.exists() and len(log.read_text().splitlines()) == int(iterations):
+        signal.raise_signal(signal.SIGINT) if what == "stop" else Path("runs", run, what).mkdir()
     return [len(x) / 10 for x in responses]
+
+def too_large(prompts, responses): return [3e38 * (i % 2) for i in range(len(responses))]
 '''
-# A reward function is called twice before PPO (tried, measured), then for the evaluation before,
-# in each iteration, and for the evaluation after.
-TRIED, MEASURED, BEFORE, FIRST = 1, 2, 3, 4
-DIE = "raise RuntimeError('the power has failed')"
+DATED = ("{{ 'it is 1 May . ' }}{% for turn in messages %}{{ turn['content'] + ' ' }}"
+         "{% if turn['role'] == 'assistant' %}[EOS]{% endif %}{% endfor %}")
+
+# Stage 1, then 5 iterations with a checkpoint after the second and the fourth and fifth.
+USUAL = Args(
+    dataset="chats.jsonl", policy_model="policy", output_dir="runs", reward_fn="rewards.py:letters",
+    total_episodes=40, batch_size=8, minibatch_size=4, update_epochs=2, response_len=6,
+    max_prompt_len=4, eval_prompts=4, learning_rate=1e-2, sft_learning_rate=1e-3, save_interval=2,
+    ref_update_interval=3, kl_target=0.5, critic="separate", device="cpu")
+STAGES = replace(USUAL, reward_fn=None, reward_learning_rate=1e-3, num_reward_models=2,
+                 sft_epochs=9, reward_epochs=9, total_episodes=80)  # long enough to be killed
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A reward function, and the runs."""
-    home = tmp_path_factory.mktemp("resume")
-    (home / "rewards.py").write_text(REWARDS)
-    return home
+@pytest.fixture(scope="module", autouse=True)
+def here(tmp_path_factory, pairs_file):
+    """A folder with data, a policy and reward functions, in which the tests run."""
+    with pytest.MonkeyPatch.context() as context:
+        context.chdir(tmp_path_factory.mktemp("resume"))
+        Path("rewards.py").write_text(REWARDS)
+        rows = map(json.loads, Path(pairs_file).read_text().splitlines())
+        chats = (x | {"prompt": [{"role": "user", "content": x["prompt"]}]} for x in rows)
+        Path("chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = DATED
+        save("policy", make_lm("GPT2"), tokenizer)
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # not so in background
+        yield
+        signal.signal(signal.SIGINT, handler)
 
 
-@pytest.fixture
-def usual(home, policy_folder, pairs_file):
-    """Stage 1, then 5 iterations with a checkpoint after the second and the fourth and fifth."""
-    return Args(
-        dataset=pairs_file, policy_model=policy_folder, output_dir=str(home),
-        reward_fn=f"{home}/rewards.py:letters", total_episodes=40, batch_size=8,
-        minibatch_size=4, update_epochs=2, response_len=6, max_prompt_len=4, eval_prompts=4,
-        learning_rate=1e-2, sft_learning_rate=1e-3, save_interval=2, ref_update_interval=3,
-        kl_target=0.5, critic="separate", device="cpu")
-
-
-def start(home, args, call=0, what="pass"):
-    """main, with a reward function that does something at one of its calls."""
-    (home / "calls").write_text("")
-    (home / "plan").write_text(f"{call} {what}")
+def start(args, iterations=99, what="stop"):
+    """main, with a reward function that does something after so many iterations."""
+    Path("plan").write_text(f"{args.run_name} {iterations} {what}")
     main(args)
 
 
-def left(args):
+def left(run_dir):
     """What a run leaves, without times and places."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run_dir = Path(args.output_dir, args.run_name)
-    events = EventAccumulator(str(run_dir)).Reload()
-    return {
-        "weights": (run_dir / "policy" / "model.safetensors").read_bytes(),
-        "metrics": read_metrics(args),
-        "samples": (run_dir / "samples.jsonl").read_text(),
-        "answers": (run_dir / "before_after.jsonl").read_text(),
-        "curves": {key: [(x.step, x.value) for x in events.Scalars(key)]
-                   for key in events.Tags()["scalars"] if "perf" not in key},
-        "texts": [(x.step, x.tensor_proto.string_val[0])
-                  for x in events.Tensors("samples/text_summary")],
-    }
+    found = {str(x.relative_to(run_dir)): x.read_bytes() for x in run_dir.glob("*/*.safetensors")}
+    for path in sorted(run_dir.glob("curves/*/*"), key=lambda x: x.stat().st_mtime_ns):
+        events = EventAccumulator(str(path)).Reload()  # later files replace points of earlier ones
+        for key in (x for x in events.Tags()["scalars"] if "perf" not in x):
+            points = {x.step: x.value for x in events.Scalars(key)}
+            found[path.parent.name, key] = found.get((path.parent.name, key), {}) | points
+    found["metrics"] = read_metrics(Args(output_dir=run_dir.parent, run_name=run_dir.name))
+    found["answers"] = (run_dir / "before_after.jsonl").read_text()
+    assert not [x for x in run_dir.rglob("*") if x.suffix in (".new", ".old")]
+    return found
 
 
-@pytest.fixture
-def undisturbed(usual, home):
+@pytest.fixture(scope="module")
+def undisturbed():
     """What an undisturbed run leaves."""
-    args = replace(usual, run_name="undisturbed")
-    if not (home / "undisturbed").exists():
-        start(home, args)
-    return left(args)
+    start(replace(USUAL, run_name="undisturbed"))
+    return left(Path("runs/undisturbed"))
 
 
-@pytest.mark.parametrize("call", [MEASURED, BEFORE, *range(FIRST, FIRST + 6)])
-def test_a_run_that_dies_anywhere_in_ppo_ends_the_same_after_resume(
-    usual, home, undisturbed, call
+def kill(words, begun):
+    """A process that is killed as soon as something has begun. It prints only what is ours."""
+    with open("printed", "w") as printed:
+        process = subprocess.Popen([sys.executable, ppo_rlhf.__file__, *words], stdout=printed,
+                                   stderr=printed)
+    while not begun():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not re.search("it/s|Warn|[Ss]hards|Load|Generat|Token", Path("printed").read_text())
+
+
+def test_a_run_that_is_killed_in_each_of_its_stages_ends_the_same():
+    main(replace(STAGES, run_name="alive"))
+    run_dir, resume = Path("runs/killed"), ["--resume", "runs/killed"]
+    words = [f"--{name.replace('_', '-')}={x}" for name, x in asdict(STAGES).items()
+             if x not in (None, False, ())]
+    kill([*words, "--run-name=killed"], (run_dir / "curves/sft").exists)
+    assert not (run_dir / "sft").exists()
+    kill(resume, (run_dir / "curves/reward_model_2").exists)
+    assert not (run_dir / "reward_model_2").exists() and (run_dir / "reward_model").exists()
+    kill(resume, lambda: (run_dir / "metrics.jsonl").read_text().count("\n") >= 5)
+    assert not (run_dir / "before_after.jsonl").exists()
+    main(parse_args(resume))
+    assert left(run_dir) == left(Path("runs/alive"))
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 3, 5])
+def test_after_ctrl_c_the_command_that_is_printed_leads_to_the_same_end(
+    undisturbed, iterations, capsys
 ):
-    args = replace(usual, run_name=f"dies at call {call}")
-    with pytest.raises(RuntimeError, match="the power has failed"):
-        start(home, args, call, DIE)
-    metrics = home / args.run_name / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    assert len(lines) == max(0, min(5, call - FIRST))
-    start(home, replace(args, resume=True))
-    assert left(args) == undisturbed
-    kept = len(lines) // 2 * 2 if len(lines) < 5 else 5  # those before the last checkpoint
-    assert metrics.read_text().splitlines()[:kept] == lines[:kept]
-
-
-def killed(usual, home, name, *missing):
-    """A copy of the undisturbed run as a kill leaves it: without what is written later."""
-    args = replace(usual, run_name=name)
-    shutil.copytree(home / "undisturbed", home / name)
-    for pattern in ("before_after.jsonl", "checkpoint.pt", *missing):
-        for path in (home / name).glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    settings = json.loads((home / name / "args.json").read_text())
-    (home / name / "args.json").write_text(json.dumps(settings | {"run_name": name}))
-    return args
-
-
-PPO_FILES = ["policy", "metrics.jsonl", "samples.jsonl", "events*.ppo"]
-
-
-def test_a_run_that_dies_in_sft_starts_it_again_and_draws_its_curves_once(
-    usual, home, undisturbed
-):
-    args = killed(usual, home, "in sft", "sft", *PPO_FILES)
-    (home / "in sft" / "sft.new").mkdir()  # half written
-    (home / "in sft" / "sft.new" / "model.safetensors").write_text("half a mod")
-    start(home, replace(args, resume=True))
-    assert left(args) == undisturbed
-    assert not list((home / "in sft").glob("*.new"))
-
-
-def test_a_run_that_dies_between_sft_and_ppo_does_not_repeat_sft(usual, home, undisturbed):
-    args = killed(usual, home, "after sft", *PPO_FILES)
-    curves, = (home / "after sft").glob("events*.sft")
-    start(home, replace(args, resume=True))
-    assert left(args) == undisturbed and curves.exists()
-
-
-def test_a_run_that_dies_while_policy_is_replaced_has_it_again_after_resume(
-    usual, home, undisturbed
-):
-    args = replace(usual, run_name="moved away")
-    with pytest.raises(RuntimeError):
-        start(home, args, FIRST + 3, DIE)
-    (home / args.run_name / "policy").rename(home / args.run_name / "policy.old")
-    start(home, replace(args, resume=True))
-    assert left(args) == undisturbed
-    assert not list((home / args.run_name).glob("*.old"))
-
-
-def test_a_line_that_was_half_written_is_gone_after_resume(usual, home, undisturbed):
-    args = replace(usual, run_name="half a line")
-    with pytest.raises(RuntimeError):
-        start(home, args, FIRST + 3, DIE)
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        with (home / args.run_name / name).open("a") as file:
-            file.write('{"iteration": 4, "epis')
-    start(home, replace(args, resume=True))
-    assert left(args) == undisturbed
-
-
-def test_a_model_that_was_not_written_whole_is_no_finished_stage(
-    usual, home, undisturbed, monkeypatch
-):
-    def full(*_args, **_kwargs):
-        raise OSError("no space left")
-
-    args = replace(usual, run_name="full disk in sft")
-    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
-    with pytest.raises(OSError, match="no space left"):
-        start(home, args)
-    monkeypatch.undo()
-    assert not (home / args.run_name / "sft").exists()
-    start(home, replace(args, resume=True))
-    assert left(args) == undisturbed
-
-
-def test_a_second_stage_is_not_repeated_and_another_one_is(tiny_args, tmp_path):
-    main(replace(tiny_args, num_reward_models=2))
-    run_dir = tmp_path / "run"
-    before = {name: (run_dir / name / "model.safetensors").read_bytes()
-              for name in ("reward_model", "reward_model_2", "policy")}
-    first = (run_dir / "reward_model").stat().st_ino
-    for path in [run_dir / "checkpoint.pt", *run_dir.glob("events*.reward_model_2")]:
-        path.unlink()
-    shutil.rmtree(run_dir / "reward_model_2")
-    main(replace(tiny_args, num_reward_models=2, resume=True))
-    assert (run_dir / "reward_model").stat().st_ino == first
-    for name, weights in before.items():
-        assert (run_dir / name / "model.safetensors").read_bytes() == weights
-
-
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(usual, home, undisturbed):
-    args = replace(usual, run_name="full disk")
-    blocked = home / args.run_name / "checkpoint.tmp"
-    with pytest.raises(IsADirectoryError):
-        start(home, args, FIRST + 2, f"Path({str(blocked)!r}).mkdir()")
-    saved = torch.load(home / args.run_name / "checkpoint.pt", weights_only=True)
-    assert saved["iteration"] == 2
-    blocked.rmdir()
-    start(home, replace(args, resume=True))
-    assert left(args) == undisturbed
-
-
-def test_ctrl_c_finishes_the_iteration_saves_and_says_how_to_go_on(
-    usual, home, undisturbed, capsys, monkeypatch
-):
-    args = replace(usual, run_name="ctrl-c")
-    monkeypatch.setattr("sys.argv", ["ppo_rlhf.py", "--kl-coef", "0.1"])
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # not so in a background job
+    run_dir = Path(f"runs/stopped{iterations}")
     with pytest.raises(SystemExit) as end:
-        start(home, args, FIRST + 2, "os.kill(os.getpid(), signal.SIGINT)")
-    signal.signal(signal.SIGINT, handler)
-    assert end.value.code == 130 and [row["iteration"] for row in read_metrics(args)] == [1, 2, 3]
-    saved = torch.load(home / "ctrl-c" / "checkpoint.pt", weights_only=True)
-    assert saved["iteration"] == 3  # not only the one of the second iteration
-    command = "python ppo_rlhf.py --kl-coef 0.1 --run-name ctrl-c --resume"
-    assert command in capsys.readouterr().out
-    start(home, replace(args, resume=True))
-    expected = undisturbed["weights"], undisturbed["metrics"], undisturbed["answers"]
-    found = left(args)
-    assert (found["weights"], found["metrics"], found["answers"]) == expected
+        start(replace(USUAL, run_name=run_dir.name), iterations)
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    assert end.value.code == 130 and len(lines) == iterations
+    command = re.search("--resume .*", capsys.readouterr().out)[0]
+    start(parse_args(command.split()))
+    assert left(run_dir) == undisturbed
 
 
-@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
-def test_after_a_run_ctrl_c_works_as_before(usual, home, before):
-    usual_handler = signal.signal(signal.SIGINT, before)
-    start(home, replace(usual, run_name=f"handler {before}", total_episodes=8))
-    assert signal.signal(signal.SIGINT, usual_handler) == before
+def while_saving(run_dir):
+    (run_dir / "policy").rename(run_dir / "policy.old")
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 4, "epis')
 
 
-def test_a_finished_run_says_so_and_ends_well(usual, home, undisturbed, capsys):
+def between_sft_and_ppo(run_dir):
+    for path in ("policy", "curves/ppo"):
+        shutil.rmtree(run_dir / path)
+    (run_dir / "checkpoint.pt").unlink()
+
+
+def in_sft(run_dir):
+    between_sft_and_ppo(run_dir)
+    (run_dir / "sft").rename(run_dir / "sft.new")
+    (run_dir / "sft.new/model.safetensors").write_text("half a mod")
+
+
+@pytest.mark.parametrize("died", [while_saving, between_sft_and_ppo, in_sft])
+def test_what_a_run_that_died_had_half_written_is_written_again(undisturbed, died):
+    run_dir = Path("runs", died.__name__)
+    with pytest.raises(SystemExit):
+        start(replace(USUAL, run_name=run_dir.name), 3)
+    sft = (run_dir / "sft").stat().st_ino
+    died(run_dir)
+    start(Args(resume=str(run_dir)))
+    assert left(run_dir) == undisturbed
+    assert died is in_sft or sft == (run_dir / "sft").stat().st_ino  # stage 1 is not repeated
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(undisturbed):
+    with pytest.raises((OSError, RuntimeError)):
+        start(replace(USUAL, run_name="blocked"), 3, "checkpoint.new")
+    saved = torch.load("runs/blocked/checkpoint.pt", weights_only=True)  # executes nothing
+    assert saved["iteration"] == 2 and saved["policy"].keys() > saved["reference"].keys()
+    Path("runs/blocked/checkpoint.new").rmdir()
+    start(Args(resume="runs/blocked"))
+    assert left(Path("runs/blocked")) == undisturbed
+
+
+def test_a_finished_run_says_so_and_ends_well(undisturbed, capsys):
     with pytest.raises(SystemExit) as end:
-        main(replace(usual, run_name="undisturbed", resume=True))
-    assert end.value.code == 0 and "undisturbed is finished" in capsys.readouterr().out
+        main(parse_args(["--resume", "runs/undisturbed"]))
+    assert not end.value.code and "runs/undisturbed is finished" in capsys.readouterr().out
 
 
-def test_a_broken_checkpoint_is_refused_by_name(usual, home, undisturbed, capsys):
-    args = replace(usual, run_name="broken")
-    with pytest.raises(RuntimeError):
-        start(home, args, FIRST + 3, DIE)
-    (home / "broken" / "checkpoint.pt").write_bytes(b"PK no")
+@pytest.mark.parametrize(("file", "old", "new"), [
+    ("chats.jsonl", "plot", "cast"), ("rewards.py", "/ 10", "/ 20"),
+    ("policy/chat_template.jinja", "1 May", "2 May")])
+def test_a_run_is_not_resumed_on_other_data_or_scores_or_on_another_day(capsys, file, old, new):
+    run_dir, text = f"runs/changed_{file[:5]}", Path(file).read_text()
+    with pytest.raises(SystemExit):
+        start(replace(USUAL, run_name=run_dir[5:]), 1)
+    Path(file).write_text(text.replace(old, new))
     with pytest.raises(SystemExit) as end:
-        start(home, replace(args, resume=True))
-    assert end.value.code == 2 and "checkpoint.pt cannot be used" in capsys.readouterr().err
+        start(Args(resume=run_dir))
+    assert end.value.code == 2 and f"--resume {run_dir} needs the data" in capsys.readouterr().err
+    Path(file).write_text(text)
+    start(Args(resume=run_dir))  # as it was, it is resumed
 
 
-def test_logs_that_were_lost_are_written_again(usual, home, undisturbed):
-    args = replace(usual, run_name="lost")
-    with pytest.raises(RuntimeError):
-        start(home, args, FIRST + 3, DIE)
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        (home / "lost" / name).unlink()
-    start(home, replace(args, resume=True))
-    assert left(args) == undisturbed
-
-
-@pytest.mark.parametrize(("changes", "named"), [
-    ({"kl_coef": 0.3, "anneal_lr": False}, "--anneal-lr, --kl-coef 0.05"),
-    ({"run_name": "never started"}, "--run-name never started does not exist"),
-    ({"run_name": None}, "--resume needs the --run-name"),
-])
-def test_what_cannot_be_resumed_is_refused(usual, home, undisturbed, capsys, changes, named):
-    if not (home / "open").exists():
-        killed(usual, home, "open", *PPO_FILES)
+@pytest.mark.parametrize("words", ["--resume runs/x --kl-coef 0.1", "--seed=2 --resume=runs/x"])
+def test_other_flags_beside_resume_are_refused(words, capsys):
     with pytest.raises(SystemExit) as end:
-        start(home, replace(usual, **({"run_name": "open", "resume": True} | changes)))
-    assert end.value.code == 2 and named in capsys.readouterr().err
+        parse_args(words.split())
+    assert end.value.code == 2 and "drop the other flags" in capsys.readouterr().err
 
 
-def test_intervals_of_saving_and_evaluating_may_change(usual, home, undisturbed):
-    args = replace(usual, run_name="intervals")
-    with pytest.raises(RuntimeError):
-        start(home, args, FIRST + 3, DIE)
-    start(home, replace(args, resume=True, save_interval=1, eval_interval=5))
-    found = left(args)
-    assert found["weights"] == undisturbed["weights"] and "eval/kl" in found["metrics"][-1]
-
-
-def test_a_checkpoint_can_be_read_without_executing_anything(usual, home, undisturbed):
-    args = replace(usual, run_name="read")
-    with pytest.raises(RuntimeError):
-        start(home, args, FIRST + 3, DIE)
-    saved = torch.load(home / "read" / "checkpoint.pt", weights_only=True)
-    assert saved["iteration"] == 2
-    assert saved["policy"].keys() > {f"lm.{name}" for name in saved["reference"]}
-
-
-def log_of(tmp_path, points):
-    """The console of a log that is given points (KL, score), one per iteration."""
-    args = resolve_args(Args(output_dir=str(tmp_path), run_name="log", eval_prompts=0))
-    log = RunLog(args)
-    log.start("ppo")
-    for number, (kl, score) in enumerate(points, start=1):
-        groups = {"rollout": {"kl": kl, "score_mean": score}, "ppo": {"ratio_first": 1.0}}
-        log.iteration(number, groups, [0.0, 1.0, 2.0, 3.0], [])
-    log.close()
-
-
-def test_kl_and_score_that_rise_together_are_warned_of_once(tmp_path, capsys):
-    log_of(tmp_path, [(i, i / 10) for i in range(1, 31)])
-    lines = capsys.readouterr().out.splitlines()
-    warned, = [i for i, line in enumerate(lines) if line.startswith("warning: KL")]
-    assert "--kl-coef" in lines[warned]
-    number = int(re.match(r"ppo +(\d+)/", lines[warned - 1])[1])
-    assert number == 11  # the first with a KL above 10 and ten iterations before it
-
-
-@pytest.mark.parametrize("points", [
-    [(i / 10, i / 10) for i in range(1, 31)],  # the KL stays small
-    [(i, -i / 10) for i in range(1, 31)],  # the score falls
-    [(20 - i / 10, i / 10) for i in range(1, 31)],  # the KL falls
-])
-def test_otherwise_nothing_is_warned_of(tmp_path, capsys, points):
-    log_of(tmp_path, points)
-    assert "warning" not in capsys.readouterr().out
-
-
-def test_the_home_of_a_run_lies_in_the_output_dir(tiny_args, capsys):
-    for name in ("../elsewhere", "/tmp/elsewhere", "."):
-        with pytest.raises(SystemExit):
-            main(replace(tiny_args, run_name=name))
-        assert f"--run-name {name} is not a folder in" in capsys.readouterr().err
-
-
-def test_output_dirs_may_be_nested(tiny_args, tmp_path):
-    main(replace(tiny_args, run_name="a/b"))
-    assert (tmp_path / "a" / "b" / "policy").exists()
-    assert os.listdir(tmp_path) == ["a"]
+@pytest.mark.parametrize(("stage", "changes"), [
+    ("sft", {"sft_learning_rate": 1e30}),
+    ("ppo", {"reward_fn": "rewards.py:too_large", "sft_epochs": 0, "sft_learning_rate": None})])
+def test_what_is_not_finite_stops_with_stage_and_quantity_and_saves_nothing(stage, changes):
+    run_dir = Path(f"runs/not_finite_{stage}")
+    with pytest.raises(SystemExit, match=rf"^ppo_rlhf.py: {stage} .*\b\w*loss is (nan|inf)"):
+        main(replace(USUAL, run_name=run_dir.name, **changes))
+    assert not (run_dir / "sft").exists()
+    if stage == "ppo":  # policy/ is as it was when the stage began
+        after, before = (load_file(f"{x}/policy/model.safetensors") for x in (run_dir, "."))
+        assert all(torch.equal(after[name], x) for name, x in before.items())
