@@ -652,7 +652,7 @@ def update_policy(
             break
     policy.eval()
     stats = {name: (max if name.endswith("_max") else fmean)(x[name] for x in steps)
-             for name in steps[0]}
+             for name in steps[0] if name != "loss"}
     stats["log_ratio_first"] = steps[0]["log_ratio_max"]  # 0 up to rounding: new is still old
     stats["explained_variance"] = explained_variance(rollout.returns, rollout.old_values,
                                                      rollout.response_mask)
@@ -1142,7 +1142,8 @@ def sample_comparisons(sft: Path | str, rows: list[dict], num_pairs: int, args: 
         return []
     policy, rng, samples = load_policy(sft, args), random.Random(f"annotator {args.seed}"), []
     rows = rng.choices(rows, k=num_pairs) * 2
-    for number, part in enumerate(progress(split_rows(rows, 1000), "comparisons")):
+    size = math.ceil(len(rows) / math.ceil(len(rows) / 1000))  # no part is nearly empty
+    for number, part in enumerate(progress(split_rows(rows, size), "comparisons")):
         rollout = collect_rollout(policy, None, part, args.seed + number, args)
         samples += decode(policy, rollout, part)
     pairs, golds = [], [gold_reward(x["prompt"], x["response"], x["ended"]) for x in samples]
@@ -1489,8 +1490,7 @@ def try_models(data: Data, args: Args) -> list[Callable]:
                             for column in ("chosen", "rejected"))
         side.comparisons = [(x, y) for x, y in zip(chosen, rejected, strict=True)
                             if x["response_ids"] != y["response_ids"]]
-        print(f"comparisons  {len(side.comparisons)} of {len(chosen)}; the others are equal within "
-              "--response-len")
+        print(f"comparisons  {len(side.comparisons)} of {len(chosen)} differ within --response-len")
     refuse(stage_2 and own and not data.comparisons, f"--response-len {args.response_len} leaves "
            "no difference between chosen and rejected responses; raise it.")
     return sources
@@ -1683,8 +1683,9 @@ class RunLog:
         """Begin the curves of a stage; what was logged after so many iterations is cut off."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.stage, purge_step = stage, done * self.args.batch_size + 1
-        self.writer = SummaryWriter(str(self.folder / "curves" / stage), purge_step=purge_step)
+        self.stage, self.number = stage, done
+        self.writer = SummaryWriter(str(self.folder / "curves" / stage),
+                                    purge_step=done * self.args.batch_size + 1)
         with open(self.folder / "metrics.jsonl", "a+b") as file:
             file.seek(0)
             for _ in range(done):
@@ -1747,8 +1748,8 @@ class RunLog:
         for name in new_means:
             print(f"{name:<24}{old_means[name]:>9.3f}{new_means[name]:>9.3f}")
         for old, new in pairs[:2]:
-            print(f"\nprompt  {old['prompt']}\n  SFT   {old['response'].strip()}\n"
-                  f"  PPO   {new['response'].strip()}")
+            print(f"\nprompt  {str(old['prompt']).strip()[-90:]}\n  SFT   "
+                  f"{old['response'].strip()}\n  PPO   {new['response'].strip()}")
 
 
 def parse_args(words: list[str]) -> Args:

@@ -2,7 +2,7 @@
 
 Reference: other runs; hand-worked logs; a reward function that writes down what it is given;
 transformers' Auto classes on the saved folders.
-Run: python -m pytest tests/test_pipeline.py (30 seconds)
+Run: python -m pytest tests/test_pipeline.py (35 seconds)
 """
 
 import contextlib
