@@ -1,16 +1,13 @@
 """The control results of the README: ppo_classic.py by CleanRL's protocol, and the paper's table 1.
 
-    pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/classic.py            # runs what is missing, two at a time, then plots
-    python benchmarks/classic.py --plot     # tables and plots from the committed results
-    python benchmarks/classic.py --same     # bit by bit the weights of the first edition?
+    python benchmarks/classic.py --table    # tables and picture from the committed results
 
-70 runs of `python ppo_classic.py`, about 100 minutes on 2 cores. Each finished run is written to
-results/classic.json at once, so an interrupted benchmark continues where it stopped. A run's figure
-is the mean return of its last 100 training episodes: noisy actions, running statistics.
+70 runs of `python ppo_classic.py`, about 100 minutes on 2 cores. A run's figure is the
+mean return of its last 100 training episodes: noisy actions, running statistics. The committed runs
+are those of the first edition; each has its commit.
 """
 
-import sys
 import tempfile
 from pathlib import Path
 from statistics import mean, stdev
@@ -37,22 +34,7 @@ FLAGS = {
                                 "--gamma 0.999 --ent-coef 0.01",
 }
 
-# Three iterations of both editions, with every option that touches the arithmetic.
-SAME_CARTPOLE = "--total-timesteps 1536"
-SAME_PENDULUM = ("--env-id Pendulum-v1 --num-steps 256 --num-envs 2 --num-minibatches 4 "
-                 "--total-timesteps 1536")
-SAME = [f"{task} {flags}".strip() for task in (SAME_CARTPOLE, SAME_PENDULUM)
-        for flags in ("", "--policy-loss kl-adaptive --kl-target 1e-3", "--policy-loss kl-fixed",
-                      "--policy-loss none")]
-SAME += [f"{SAME_CARTPOLE} --norm-obs True --norm-reward True",
-         f"{SAME_CARTPOLE} --norm-reward True --no-norm-advantages --target-kl 1e-5",
-         f"{SAME_CARTPOLE} --no-orthogonal-init --no-anneal-lr --no-clip-vloss --ent-coef 0.1 "
-         "--max-grad-norm inf",
-         f"{SAME_PENDULUM} --norm-obs False",
-         f"{SAME_PENDULUM} --norm-obs False --norm-reward False",
-         "--env-id Acrobot-v1 --total-timesteps 6144 --num-steps 512 --norm-reward True",
-         *(f"--env-id {env_id} --total-timesteps 6144"
-           for env_id in ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"))]
+TASKS = [("published", x) for x in PUBLISHED] + [("flags", x) for x in FLAGS]
 
 # Table 1 of the paper: mean over 7 environments of the return, 0 for a random policy, 1 for the
 # best result of any variant.
@@ -142,38 +124,6 @@ def main():
     plot(results)
 
 
-def same_weights(flags):
-    """Whether both editions end with the very same weights and running statistics."""
-    import torch
-
-    agents = []
-    with tempfile.TemporaryDirectory() as folder:
-        first = common.first_edition("ppo_classic.py", folder)
-        for path in (first, common.ROOT / "ppo_classic.py"):
-            name = f"run{len(agents)}"
-            common.run_python(path, *flags.split(), "--output-dir", folder, "--run-name", name,
-                              "--eval-episodes", 0)
-            saved = torch.load(Path(folder, name, "model.pt"), weights_only=False)["agent"]
-            agents.append(dict(sorted((key.replace("policy.logits", "actor").replace(
-                "policy.mean", "actor").replace("policy.log_std", "log_std"), x)
-                for key, x in saved.items())))  # the first edition's names
-    old, new = agents
-    return list(old) == list(new) and all(torch.equal(old[key], new[key]) for key in old)
-
-
-def compare_editions():
-    """Both editions for 3 iterations with each setting of SAME; results/classic.json gets the
-    answers. Raises: SystemExit if one differs."""
-    found = {flags: same_weights(flags) for flags in SAME}
-    machine = common.hardware("torch", "gymnasium", "mujoco", "numpy")
-    common.write_results("classic", common.read_results("classic") | {
-        "same_as_first_edition": {"hardware": machine, "settings": found}})
-    for flags, same in found.items():
-        print("same weights" if same else "OTHER WEIGHTS", "|", flags)
-    if not all(found.values()):
-        raise SystemExit("the editions differ")
-
-
 def pick(results, group, env_id, variant="clip 0.2"):
     """The runs of one cell of a table."""
     return [r for r in results["runs"]
@@ -181,30 +131,26 @@ def pick(results, group, env_id, variant="clip 0.2"):
 
 
 def summary(results):
-    """The tables of the README, in its own format."""
+    """The tables: control tasks, tasks with flags of their own, the paper's table 1."""
     rows = []
-    for env_id, (published, spread) in PUBLISHED.items():
-        runs = sorted(pick(results, "published", env_id), key=lambda r: r["seed"])
+    for group, env_id in TASKS:
+        runs = sorted(pick(results, group, env_id), key=lambda r: r["seed"])
         figures = [r["last_100"] for r in runs]
+        published = "{:.1f} ± {:.1f}".format(*PUBLISHED[env_id]) if env_id in PUBLISHED else ""
         if len(figures) > 1:
-            rows.append([env_id, f"{published:.1f} ± {spread:.1f}",
-                         f"{mean(figures):.1f} ± {stdev(figures):.1f}",
+            rows.append([env_id, published, f"{mean(figures):.1f} ± {stdev(figures):.1f}",
                          ", ".join(f"{x:.1f}" for x in figures)])
-    columns = ["environment", "CleanRL, 3 seeds", "ours", "each seed"]
-    print("", *common.markdown(columns, rows), sep="\n")
-    for env_id in FLAGS:
-        figures = [r["last_100"] for r in pick(results, "flags", env_id)]
-        print(f"{env_id}: {', '.join(f'{x:.1f}' for x in figures)}")
+    lines = common.markdown(["environment", "CleanRL, 3 seeds", "ours", "each seed"], rows)
     rows = []
     for variant, scores in table1(results).items():
         returns = [mean(r["last_100"] for r in pick(results, "table1", env_id, variant))
-                   for env_id in TABLE1_ENVS if pick(results, "table1", env_id, variant)]
+                   for env_id in TABLE1_ENVS]
         rows.append([variant, f"{VARIANTS[variant][1]:.2f}", f"{scores:.2f}",
                      *(f"{x:.0f}" for x in returns)])
-    columns = ["objective", "paper", "ours", *TABLE1_ENVS]
-    print("", *common.markdown(columns, rows), sep="\n")
+    lines += ["", *common.markdown(["objective", "paper", "ours", *TABLE1_ENVS], rows)]
     figures = [r["last_100"] for r in pick(results, "bare", "HalfCheetah-v4", "none")]
-    print(f"none, HalfCheetah, {BARE}: {', '.join(f'{x:.0f}' for x in figures)}")
+    common.publish("classic", [*lines, "", f"none, HalfCheetah, {BARE}: "
+                               f"{', '.join(f'{x:.0f}' for x in figures)}"])
 
 
 def table1(results):
@@ -213,8 +159,6 @@ def table1(results):
     scores = {variant: [] for variant in VARIANTS}
     for env_id in TABLE1_ENVS:
         runs = {variant: pick(results, "table1", env_id, variant) for variant in VARIANTS}
-        if not all(runs.values()):
-            continue
         random = results["random_returns"][env_id]
         best = max(mean(r["last_100"] for r in x) for x in runs.values())
         for variant, x in runs.items():
@@ -224,9 +168,8 @@ def table1(results):
 
 def plot(results):
     """Learning curves, one line per seed, with the published mean and spread drawn in."""
-    groups = [("published", x) for x in PUBLISHED] + [("flags", x) for x in FLAGS]
     with common.picture("classic", 2, 4, (15, 6)) as axes:
-        for axis, (group, env_id) in zip(axes.flat, groups, strict=True):
+        for axis, (group, env_id) in zip(axes.flat, TASKS, strict=True):
             for r in pick(results, group, env_id):
                 steps, returns = zip(*r["curve"], strict=True)
                 axis.plot([x / 1000 for x in steps], returns, linewidth=1.2, color=common.BLUE,
@@ -242,4 +185,4 @@ def plot(results):
 
 
 if __name__ == "__main__":
-    compare_editions() if "--same" in sys.argv else main()
+    main()

@@ -1,16 +1,15 @@
 """Our formulas beside those of trl 1.12.0 and Stable-Baselines3 2.9, on the same random numbers.
 
-    pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/cross_checks.py
 
 The largest difference is printed and, where definitions do not agree, who does what. Both libraries
 keep their losses inside long methods: those lines are cut out of the installed packages and
 executed on our tensors, so that it is their code that we compare with. A few seconds; the table is
-written to results/cross_checks.md and .json.
+written to results/cross_checks.md and .json. Formulas that ppo_classic.py copies from ppo_rlhf.py
+are held against it in tests/test_shared_math.py.
 """
 
 import inspect
-import sys
 import textwrap
 from importlib.metadata import version
 
@@ -18,10 +17,9 @@ import common  # benchmarks/common.py
 import numpy as np
 import torch
 
-sys.path.insert(0, str(common.ROOT))  # the two files lie one folder up
+rlhf = common.import_ppo_rlhf()
 
-import ppo_classic as classic
-import ppo_rlhf as rlhf
+import ppo_classic as classic  # noqa: E402 - it lies beside the other
 
 TOLERANCE = 1e-6
 ROWS, LEN, VOCAB = 6, 8, 11
@@ -44,10 +42,9 @@ SCORES = draw(ROWS)
 def run_lines(method, first: str, last: str, names: dict) -> dict:
     """Execute the lines of an installed method from the one that contains first to the one that
     contains last, on our tensors. Returns: all names after it."""
-    lines = inspect.getsource(method).splitlines()
+    lines, names = inspect.getsource(method).splitlines(), dict(names)
     start = next(i for i, line in enumerate(lines) if first in line)
     end = next(i for i in range(start, len(lines)) if last in lines[i])
-    names = dict(names)
     exec(textwrap.dedent("\n".join(lines[start : end + 1])), names)
     return names
 
@@ -119,7 +116,7 @@ def compare_rewards_with_trl(train) -> list[tuple]:
 
 
 def compare_losses_with_trl(train, trl) -> list[tuple]:
-    """Policy loss, value loss, clip fractions, entropy."""
+    """Policy loss, value loss, clip fractions, log-probabilities."""
     names = {"torch": torch, "masked_mean": trl.masked_mean, "args": Settings, "padding_mask":
              ~MASK, "micro_batch_inds": slice(None), "mb_advantage": ADVANTAGES, "new_logprobs":
              masked(NEW), "mb_logprobs": masked(OLD), "mb_values": VALUES, "mb_return": RETURNS,
@@ -131,43 +128,19 @@ def compare_losses_with_trl(train, trl) -> list[tuple]:
     one_more = torch.arange(LEN) < RESPONSE_LENS[:, None] + 1  # trl's own mask for values
     wider = run_lines(train, "vpredclipped = torch.clamp", "loss = pg_loss +",
                       names | {"padding_mask_p1": ~one_more})
-    logits = draw(ROWS, LEN, VOCAB)
-    lines = run_lines(train, "prob_dist = torch", "entropy = torch",
-                      {"torch": torch, "logits": logits})
+    weight, hidden, ids = draw(VOCAB, 5), draw(ROWS, 5), torch.arange(ROWS)
+    layer = type("", (), {"output_layer": lambda _, temperature: (weight, torch.zeros(VOCAB))})()
     return [("policy loss", loss, theirs["pg_loss"], ""),
             ("value loss, the same mask", vf_loss, theirs["vf_loss"], ""),
             ("value loss, trl's mask", vf_loss, wider["vf_loss"],
              "trl also trains the value of the state after EOS; ours has no such state"),
             ("value clip fraction", vf_clipfrac, theirs["vf_clipfrac"], ""),
-            ("entropy", rlhf.logprobs_and_entropy(logits, logits.argmax(-1))[1],
-             lines["entropy"], "")]
+            ("log-probability of a token, temperature 0.7",
+             rlhf.chunked_logprobs(layer, hidden, ids, 0.7),
+             trl.selective_log_softmax(hidden @ weight.T / 0.7, ids), "")]
 
 
-def compare_with_sb3() -> list[tuple]:
-    """Rows: quantity, other, ours, theirs, reason where they differ."""
-    from stable_baselines3.common.distributions import DiagGaussianDistribution
-    from stable_baselines3.common.running_mean_std import RunningMeanStd
-    from stable_baselines3.common.utils import explained_variance
-
-    rows = compare_gae_with_sb3() + compare_losses_with_sb3()
-    rows.append(("explained variance",
-                 torch.tensor(classic.explained_variance(RETURNS.flatten(), VALUES.flatten())),
-                 torch.tensor(explained_variance(VALUES.flatten().numpy(),
-                                                 RETURNS.flatten().numpy())), ""))
-    mean, log_std, actions = draw(ROWS, 3), draw(3), draw(ROWS, 3)
-    normal = DiagGaussianDistribution(3).proba_distribution(mean, log_std)
-    rows.append(("Gaussian log-probability", classic.gaussian_logprobs(mean, log_std, actions),
-                 normal.log_prob(actions), ""))
-    rows.append(("Gaussian entropy", classic.gaussian_entropy(log_std).expand(ROWS),
-                 normal.entropy(), ""))
-    ours, theirs = classic.RunningStats(3), RunningMeanStd(epsilon=0, shape=(3,))
-    for part in draw(30, 3).split(10):
-        ours.update(part)
-        theirs.update(part.numpy())
-    return [*rows, ("running variance", ours.var, torch.tensor(theirs.var).float(), "")]
-
-
-def compare_gae_with_sb3() -> list[tuple]:
+def compare_gae_with_sb3() -> tuple:
     """RolloutBuffer against gae, with episodes that terminate and that are truncated."""
     from gymnasium.spaces import Box
     from stable_baselines3.common.buffers import RolloutBuffer
@@ -188,12 +161,11 @@ def compare_gae_with_sb3() -> list[tuple]:
     buffer.episode_starts = starts
     buffer.compute_returns_and_advantage(last_values, done[-1].numpy())
     ours, _ = classic.gae(rewards, values, next_values, terminated, truncated, 0.97, 0.9)
-    return [("GAE with terminated and truncated episodes", ours, torch.tensor(buffer.advantages),
-             "")]
+    return ("GAE with terminated and truncated episodes", ours, torch.tensor(buffer.advantages), "")
 
 
-def compare_losses_with_sb3() -> list[tuple]:
-    """Lines of PPO.train: losses, approximate KL, clip fraction."""
+def compare_with_sb3() -> list[tuple]:
+    """Advantages; and lines of PPO.train: losses, approximate KL, clip fraction."""
     from stable_baselines3 import PPO
 
     old, new, advantages = OLD.flatten(), NEW.flatten(), ADVANTAGES.flatten()
@@ -211,7 +183,7 @@ def compare_losses_with_sb3() -> list[tuple]:
     their_pred = run_lines(PPO.train, "values_pred = rollout_data.old_values", ")", names | {
         "values": new_values})
     return [
-        ("policy loss", loss, policy["policy_loss"], ""),
+        compare_gae_with_sb3(), ("policy loss", loss, policy["policy_loss"], ""),
         ("approximate KL", classic.kl_penalty(old, new).mean(), torch.tensor(kl["approx_kl_div"]),
          ""),
         ("clip fraction", clipfrac, torch.tensor(policy["clip_fraction"]),

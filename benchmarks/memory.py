@@ -1,26 +1,24 @@
 """How much memory a run holds: bytes per parameter by flags, and whether 200 iterations leak.
 
-    pip install -r requirements.txt -r benchmarks/requirements.txt
-    python benchmarks/memory.py            # 5 minutes; results/memory.json, .md and .png
+    python benchmarks/memory.py            # 5 minutes; results/memory.json and .md
 
-Bytes per parameter: all tensors alive in the middle of an optimizer step (weights, gradients,
-Adam's two moments, reference, reward model, critic), over the policy's parameters, with a policy so
-wide and rows so few that activations hardly count; policy and reward model have one shape. What
-comes on top on a GPU: activations, the cache of the sampler, and the logits of one chunk.
+Bytes per parameter: all tensors alive before an optimizer step (weights, gradients, Adam's two
+moments, reference, reward model, critic), over the policy's parameters, with a policy so wide and
+rows so few that activations hardly count; policy and reward model have one shape. What comes on top
+on a GPU: activations, the cache of the sampler, and the logits of one chunk.
 Memory over time: what the process holds (resident set) after each of 200 iterations.
 """
 
+import functools
 import gc
 import json
-import os
-import sys
 import tempfile
 from pathlib import Path
 
 import common  # benchmarks/common.py
 
 SETTINGS = {
-    "shared critic, --reward-fn": {"reward_fn": "LENGTHS"},
+    "shared critic, --reward-fn": {"reward_fn": "rewards.py:lengths"},
     "shared critic, reward model": {},
     "separate critic, reward model": {"critic": "separate"},
     "separate critic, 3 reward models": {"critic": "separate", "models": 3},
@@ -58,78 +56,59 @@ def tensor_bytes():
     return sum(storages.values())
 
 
-def start(folder, iterations, batch, **settings):
-    """main of ppo_rlhf.py on the saved models."""
-    import ppo_rlhf
-
-    number, fn = settings.pop("models", 1), settings.pop("reward_fn", None)
-    given = {"reward_fn": f"{folder}/rewards.py:lengths"} if fn else {
-        "reward_model": (str(folder / "reward_model"),) * number}
-    ppo_rlhf.main(ppo_rlhf.Args(
-        dataset=str(folder / "prompts.jsonl"), policy_model=str(folder / "policy"), sft_epochs=0,
-        eval_prompts=0, total_episodes=iterations * batch, batch_size=batch, device="cpu",
-        minibatch_size=max(1, batch // 2), response_len=8, max_prompt_len=4, run_name="run",
-        output_dir=str(folder), save_interval=20, **given, **settings))
-
-
-def measure(settings):
-    """Bytes per parameter with these settings."""
-    import torch
-
-    sys.path.insert(0, str(common.ROOT))
-    import ppo_rlhf
-
-    found, add_up = [], ppo_rlhf.add_up_gradients
-
-    def watched(model):
-        add_up(model)
-        params = sum(x.numel() for x in model.lm.parameters())
-        found.append(tensor_bytes() / params)
-
-    ppo_rlhf.add_up_gradients = watched
+def run(ppo_rlhf, iterations, batch, models=1, reward_fn=None, **settings):
+    """main of ppo_rlhf.py on models that are saved first."""
     with tempfile.TemporaryDirectory() as name:
-        torch.set_num_threads(1)
         save_models(Path(name))
-        start(Path(name), 2, 2, **settings)
+        given = {"reward_fn": f"{name}/{reward_fn}"} if reward_fn else {
+            "reward_model": (f"{name}/reward_model",) * models}
+        ppo_rlhf.main(ppo_rlhf.Args(
+            dataset=f"{name}/prompts.jsonl", policy_model=f"{name}/policy", sft_epochs=0,
+            eval_prompts=0, total_episodes=iterations * batch, batch_size=batch, device="cpu",
+            minibatch_size=max(1, batch // 2), response_len=8, max_prompt_len=4, run_name="run",
+            output_dir=name, **given, **settings))
+
+
+def measure(job):
+    """Bytes per parameter with some settings, or memory over time."""
+    if job["setting"] == "over time":
+        return over_time()
+    ppo_rlhf = common.import_ppo_rlhf()
+    found, optimizer_step = [], ppo_rlhf.optimizer_step
+
+    def watched(model, *args):
+        found.append(tensor_bytes() / sum(x.numel() for x in model.lm.parameters()))
+        return optimizer_step(model, *args)
+
+    ppo_rlhf.optimizer_step = watched
+    run(ppo_rlhf, 2, 2, **SETTINGS[job["setting"]])
     return {"bytes_per_parameter": round(max(found), 2)}
 
 
 def over_time():
     """Resident memory in MB after each of many iterations."""
-    sys.path.insert(0, str(common.ROOT))
-    import ppo_rlhf
-
+    ppo_rlhf = common.import_ppo_rlhf()
     found, iteration = [], ppo_rlhf.RunLog.iteration
 
     def watched(*args):
         iteration(*args)
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        found.append(round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1))
+        found.append(round(1000 * common.memory("VmRSS"), 1))
 
     ppo_rlhf.RunLog.iteration = watched
-    with tempfile.TemporaryDirectory() as name:
-        save_models(Path(name))
-        start(Path(name), ITERATIONS, 16)
+    run(ppo_rlhf, ITERATIONS, 16)
     return {"resident_mb": found}
 
 
-def one_run(job):
-    """A measurement in a process of its own."""
-    output = common.run_python(__file__, "--measure", job["setting"]).stdout
-    return json.loads(output.splitlines()[-1])
-
-
 def main():
-    """Measure what is missing, then table and plot."""
-    jobs = [{"setting": name} for name in [*SETTINGS, "over time"]]
-    runs = common.run_missing("memory", jobs, ("setting",), one_run, ("torch", "transformers"),
-                              ("bytes_per_parameter",))["runs"]
-    found = {x["setting"]: x for x in runs}
-    rows = []
+    """Measure what is missing, then the table."""
+    runs = common.run_missing(
+        "memory", [{"setting": name} for name in [*SETTINGS, "over time"]], ("setting",),
+        functools.partial(common.run_apart, __file__), ("torch", "transformers"),
+        ("bytes_per_parameter",))["runs"]
+    found, rows = {x["setting"]: x for x in runs}, []
     for name in SETTINGS:
         size = found[name]["bytes_per_parameter"]
-        fits = (f"{0.8 * gpu / size / 1e9:.1f}" for gpu in GPUS.values())
-        rows.append([name, f"{size:.1f}", *fits])
+        rows.append([name, f"{size:.1f}", *(f"{0.8 * x / size / 1e9:.1f}" for x in GPUS.values())])
     lines = common.markdown(["flags", "bytes per parameter",
                              *(f"billions of parameters on {gpu}" for gpu in GPUS)], rows)
     resident = found["over time"]["resident_mb"]
@@ -137,16 +116,7 @@ def main():
               "not tried on a GPU.", "", f"Resident memory after iteration 20: {resident[19]:.0f} "
               f"MB, after iteration {len(resident)}: {resident[-1]:.0f} MB."]
     common.publish("memory", lines)
-    with common.picture("memory", 1, 1, (5, 3)) as axes:
-        axes[0, 0].plot(range(1, len(resident) + 1), resident, color=common.BLUE)
-        axes[0, 0].set_ylim(0, None)
-        axes[0, 0].set_xlabel("iteration")
-        axes[0, 0].set_ylabel("resident memory, MB")
 
 
 if __name__ == "__main__":
-    if "--measure" in sys.argv:
-        setting = sys.argv[sys.argv.index("--measure") + 1]
-        print(json.dumps(over_time() if setting == "over time" else measure(SETTINGS[setting])))
-    else:
-        main()
+    common.start(main, measure)

@@ -1,74 +1,86 @@
-"""The README's plot: proxy, gold, KL and grammatical over episodes, for three values of kl_coef.
+"""The README's picture: proxy, gold, KL and grammatical over episodes, for three values of kl_coef.
 
-    pip install -r requirements.txt -r benchmarks/requirements.txt
-    python benchmarks/reward_hacking.py            # runs what is missing, then plots
-    python benchmarks/reward_hacking.py --plot     # plots from the committed results
+    python benchmarks/reward_hacking.py                # runs what is missing, then plots
+    python benchmarks/reward_hacking.py --kl-target    # does --kl-target reach its target?
+    python benchmarks/reward_hacking.py --ensembles    # do several reward models help?
 
-Nine runs of `python ppo_rlhf.py` (3 values of kl_coef, 3 seeds), two at a time, about 10 minutes on
-2 cores. Each finished run is written to results/reward_hacking.json at once, so an interrupted
-benchmark continues where it stopped.
+Runs of `python ppo_rlhf.py`, two at a time: nine (3 values of kl_coef, 3 seeds; 8 minutes on 2
+cores), nine (3 targets, from 3 coefficients), twelve (kl_coef 0 and 0.02, 1 and 3 reward models, 3
+seeds). With --table, tables and picture are made from what is in results/reward_hacking.json,
+kl_target.json or ensemble.json.
+
+An ensemble can look better only because it goes less far; so the gold reward is compared at equal
+KL to the reference: the mean over the iterations whose KL is within 15 % of a value.
 """
 
-import json
+import itertools
 import re
+import sys
 import tempfile
 from pathlib import Path
+from statistics import mean
 
 import common  # benchmarks/common.py
 
 KL_COEFS, SEEDS = [0.0, 0.05, 0.2], [1, 2, 3]
+KL_TARGETS, FROM_KL_COEFS = [1.0, 2.0, 4.0], [0.01, 0.05, 0.5]
 CURVES = {
-    "rollout/score_mean": "proxy: reward-model score (SFT policy: mean 0, std 1)",
-    "rollout/gold_mean": "gold reward (never trained on)",
+    "rollout/score": "proxy: reward-model score (SFT policy: mean 0, std 1)",
+    "rollout/gold": "gold reward (never trained on)",
     "rollout/kl": "KL to the reference (nats per response)",
     "rollout/grammatical": "grammatical (share of responses)",
 }
-CRITIC = "ppo/explained_variance"  # recorded for the README, not plotted
+KLS = [2, 4, 6, 8, 12, 16, 20]  # nats per response, at which ensembles are compared
+RECORDED = [*CURVES, "rollout/score_std", "rollout/entropy", "ppo/explained_variance",
+            "ppo/log_ratio_max", "ppo/kl_coef"]
 
 
-def one_run(job):
+def one_run(settings):
     """Run ppo_rlhf.py once in a folder of its own. Returns: curves and what the console told."""
     with tempfile.TemporaryDirectory() as folder:
-        output = common.run_python(
-            common.ROOT / "ppo_rlhf.py", "--kl-coef", job["kl_coef"], "--seed", job["seed"],
-            "--output-dir", folder, "--run-name", "run").stdout
-        lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
-        metrics = [json.loads(line) for line in lines]
+        output = common.run_python(common.ROOT / "ppo_rlhf.py", *common.flags_of(settings),
+                                   "--output-dir", folder, "--run-name", "run").stdout
+        metrics = common.read_metrics(Path(folder, "run"))
     return {
-        "reward_model_accuracy": float(re.search(r"_accuracy ([\d.]+)", output)[1]),
-        "table": output[output.index("held-out prompts") - 4 :],
-        "worst_ratio_first": max((m["ppo/ratio_first"] for m in metrics), key=lambda x: abs(x - 1)),
-        "episodes": [m["episodes"] for m in metrics],
-        "curves": {key: [round(m[key], 4) for m in metrics] for key in [*CURVES, CRITIC]},
+        "reward_model_accuracy": float(re.search(r"held-out accuracy ([\d.]+)", output)[1]),
+        "table": output[re.search(r"\d+ held-out prompts", output).start() :],
+        "max_log_ratio_first": max(x["ppo/log_ratio_first"] for x in metrics),
+        "episodes": [x["episodes"] for x in metrics],
+        "curves": {key: [round(x[key], 4) for x in metrics] for key in RECORDED
+                   if key in metrics[0]},
     }
 
 
+def last(run, key):
+    """Mean of the last ten iterations."""
+    return mean(run["curves"][key][-10:])
+
+
 def summary(runs):
-    """A line per run: the first iteration (the SFT policy) and the last tenth, as README quotes."""
-    print("kl_coef seed |  gold SFT -> PPO | grammatical | KL nats | proxy SFT -> PPO | "
-          "RM accuracy | critic explains | seconds")
-    for r in sorted(runs, key=lambda r: (r["kl_coef"], r["seed"])):
-        first = {key: values[0] for key, values in r["curves"].items()}
-        tenth = len(r["episodes"]) // 10
-        last = {key: sum(values[-tenth:]) / tenth for key, values in r["curves"].items()}
-        print(f"{r['kl_coef']:7} {r['seed']:4} | {first['rollout/gold_mean']:6.2f} -> "
-              f"{last['rollout/gold_mean']:5.2f} | {last['rollout/grammatical']:11.2f} | "
-              f"{last['rollout/kl']:7.1f} | {first['rollout/score_mean']:7.2f} -> "
-              f"{last['rollout/score_mean']:5.2f} | {r['reward_model_accuracy']:11.3f} | "
-              f"{sum(r['curves'][CRITIC][75:]) / 25:.2f} | "
-              f"{r['seconds']}")
+    """A line per run: the first iteration, which is the SFT policy's, and the last ten."""
+    rows = []
+    for x in sorted(runs, key=lambda x: (x["kl_coef"], x["seed"])):
+        gold = x["curves"]["rollout/gold"]
+        best = f"{max(gold):.2f}, {x['episodes'][gold.index(max(gold))]:,}"
+        cells = [f"{x['curves'][key][0]:.2f} → {last(x, key):.2f}"
+                 for key in ("rollout/gold", "rollout/grammatical", "rollout/score")]
+        rows.append([f"{x['kl_coef']:g}", x["seed"], *cells, f"{last(x, 'rollout/kl'):.1f}",
+                     f"{x['reward_model_accuracy']:.3f}", best, f"{x['max_log_ratio_first']:.1g}"])
+    columns = ["kl_coef", "seed", "gold", "grammatical", "proxy score", "KL, nats",
+               "reward-model accuracy", "best gold, at episode", "first log ratio, at most"]
+    common.publish("reward_hacking", common.markdown(columns, rows))
 
 
 def plot(runs):
-    """Mean and range over seeds."""
+    """Mean over seeds and the range between them, one picture per quantity."""
     colours = dict(zip(KL_COEFS, (common.RED, common.BLUE, common.GREY), strict=True))
     with common.picture("reward_hacking", 1, 4, (17, 3.6)) as axes:
         for axis, (key, title) in zip(axes[0], CURVES.items(), strict=True):
             for kl_coef, colour in colours.items():
-                curves = [r["curves"][key] for r in runs if r["kl_coef"] == kl_coef]
-                points = list(zip(*curves, strict=True))
-                episodes = next(r["episodes"] for r in runs if r["kl_coef"] == kl_coef)
-                axis.plot(episodes, [sum(p) / len(p) for p in points], color=colour,
+                chosen = [x for x in runs if x["kl_coef"] == kl_coef]
+                points = list(zip(*(x["curves"][key] for x in chosen), strict=True))
+                episodes = chosen[0]["episodes"]
+                axis.plot(episodes, [mean(p) for p in points], color=colour,
                           label=f"kl_coef {kl_coef:g}")
                 axis.fill_between(episodes, [min(p) for p in points], [max(p) for p in points],
                                   color=colour, alpha=0.15, linewidth=0)
@@ -78,14 +90,58 @@ def plot(runs):
         axes[0, 0].legend()
 
 
+def kl_targets():
+    """Runs with --kl-target, and how far from it their last ten iterations are."""
+    jobs = [{"kl_target": target, "kl_coef": kl_coef, "seed": 1}
+            for target, kl_coef in itertools.product(KL_TARGETS, FROM_KL_COEFS)]
+    runs = common.run_missing("kl_target", jobs, list(jobs[0]), one_run,
+                              ("torch", "transformers"))["runs"]
+    rows = []
+    for x in runs:
+        kl = last(x, "rollout/kl")
+        rows.append([f"{x['kl_target']:g}", f"{x['kl_coef']:g}", f"{kl:.2f}",
+                     f"{kl / x['kl_target'] - 1:+.0%}", f"{x['curves']['ppo/kl_coef'][-1]:.3f}",
+                     f"{max(x['curves']['rollout/kl']):.2f}", f"{last(x, 'rollout/gold'):.2f}"])
+    columns = ["kl_target", "kl_coef at first", "KL, last ten iterations", "off the target by",
+               "kl_coef at last", "largest KL", "gold, last ten iterations"]
+    common.publish("kl_target", common.markdown(columns, rows))
+
+
+def gold_at(run, kl):
+    """Mean gold over the iterations with about this KL, as a list; empty if there are none."""
+    curves = run["curves"]
+    found = [gold for x, gold in zip(curves["rollout/kl"], curves["rollout/gold"], strict=True)
+             if abs(x / kl - 1) < 0.15]
+    return [mean(found)] if found else []
+
+
+def ensembles():
+    """Runs with 1 and with 3 reward models: mean (range over seeds, number of seeds)."""
+    jobs = [{"kl_coef": kl_coef, "num_reward_models": number, "seed": seed}
+            for seed, kl_coef, number in itertools.product(SEEDS, [0.0, 0.02], [1, 3])]
+    runs = common.run_missing("ensemble", jobs, list(jobs[0]), one_run,
+                              ("torch", "transformers"))["runs"]
+    rows = []
+    for kl_coef, number in itertools.product([0.0, 0.02], [1, 3]):
+        chosen = [x for x in runs if (x["kl_coef"], x["num_reward_models"]) == (kl_coef, number)]
+        found = [[gold for x in chosen for gold in gold_at(x, kl)] for kl in KLS]
+        found += [[last(x, key) for x in chosen] for key in CURVES]
+        rows.append([kl_coef, number, *(
+            f"{mean(x):.2f} ({min(x):.2f} to {max(x):.2f}, {len(x)})" if x else "" for x in found)])
+    columns = ["kl_coef", "models", *(f"gold at KL {kl}" for kl in KLS),
+               *(f"last: {key.split('/')[1]}" for key in CURVES)]
+    common.publish("ensemble", common.markdown(columns, rows))
+
+
 def main():
     """Run what is missing, two at a time, then summarise and plot."""
     jobs = [{"kl_coef": kl_coef, "seed": seed} for seed in SEEDS for kl_coef in KL_COEFS]
-    runs = common.run_missing("reward_hacking", jobs, ("kl_coef", "seed"), one_run,
+    runs = common.run_missing("reward_hacking", jobs, list(jobs[0]), one_run,
                               ("torch", "transformers", "tokenizers", "numpy"))["runs"]
     summary(runs)
     plot(runs)
 
 
 if __name__ == "__main__":
-    main()
+    modes = {"--kl-target": kl_targets, "--ensembles": ensembles}
+    next((mode for flag, mode in modes.items() if flag in sys.argv), main)()

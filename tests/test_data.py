@@ -360,7 +360,7 @@ NO_SFT = {"dataset": "{dir}/prompts.jsonl", "sft_epochs": 0}
     (FUNCTION | {"reward_model": ("{rm}",)}, "--reward-fn .* --reward-model {rm} .*; drop one"),
     ({"policy_model": None}, "--dataset {pairs} .* needs a --policy-model"),
     ({"dataset": "reviews", "policy_model": None, "sft_epochs": 0}, "--sft-epochs 0 needs"),
-    ({"response_len": 100}, r"--max-prompt-len 16 \+ --response-len 100 exceed the 64 tokens of --policy-model"),
+    ({"response_len": 100}, r"--max-prompt-len 16 \+ --response-len 100 exceed the 64 tokens of"),
     ({"reward_fn": "{dir}/rewards.py"}, "--reward-fn {dir}/rewards.py names no function; give"),
     ({"resume": "nowhere"}, "--resume nowhere cannot be used"),
     ({"resume": "{dir}/a_run"}, "--resume {dir}/a_run cannot be used"),
