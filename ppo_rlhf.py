@@ -156,9 +156,8 @@ def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: fl
     return torch.where(response_mask, scores - kl_coef * kl, 0)
 
 
-def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float
-) -> tuple[Tensor, Tensor]:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
+        gae_lambda: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation, computed from the last token backwards.
 
     Aₜ = δₜ + γλ·Aₜ₊₁,  δₜ = rₜ + γ·Vₜ₊₁ − Vₜ;  A and V are 0 after the last response token.
@@ -180,9 +179,8 @@ def gae(
     return advantages, advantages + values
 
 
-def policy_loss(
-    new_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_coef: float
-) -> tuple[Tensor, Tensor]:
+def policy_loss(new_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
+                clip_coef: float) -> tuple[Tensor, Tensor]:
     """The clipped surrogate, negated: −E[ min(ratio·A, clip(ratio, 1 − ε, 1 + ε)·A) ].
 
     ratio = π_new / π_old compares with the policy that sampled, not with the reference. While it
@@ -200,9 +198,8 @@ def policy_loss(
     return loss, masked_mean((clipped < unclipped).float(), mask)
 
 
-def value_loss(
-    new_values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, vf_clip_coef: float
-) -> tuple[Tensor, Tensor]:
+def value_loss(new_values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor,
+               vf_clip_coef: float) -> tuple[Tensor, Tensor]:
     """½·E[ max((V − R)², (V_old + clip(V − V_old, −c, c) − R)²) ].
 
     The clip removes the gradient of values that have moved by more than c towards their return R.
@@ -276,10 +273,9 @@ class Args:
     max_grad_norm: float = 1.0  # gradients are scaled down to this global norm
     target_kl: float | None = None  # end an update if an epoch's approx_kl is above: nats per token
 
-    # The KL to the reference. With --kl-in reward use k1, with --kl-in loss use k2: both have the
-    # gradient of KL(π ‖ π_ref). In the loss, k3 has that of KL(π_ref ‖ π), as in GRPO, and k1 none.
-    # Rewards sum the KL over a response, the loss takes its mean per token: the same kl_coef is
-    # weaker in the loss.
+    # The KL to the reference: with --kl-in reward use k1, with --kl-in loss use k2. Both have the
+    # gradient of KL(π ‖ π_ref). In the loss, k3 has that of KL(π_ref ‖ π), as in GRPO, k1 has none,
+    # and kl_coef weighs a mean per token: it is weaker there than in rewards, which are summed.
     kl_coef: float = 0.05  # weight of the KL, per nat
     kl_in: Literal["reward", "loss"] = "reward"  # subtract it from rewards, or add it to the loss
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # see kl_penalty
@@ -301,7 +297,7 @@ class Args:
     save_interval: int = 20  # iterations between two checkpoints, each with two samples shown
 
 
-# The policy: from text to log-probabilities -------------------------------------------------------
+# The policy: from ids to log-probabilities --------------------------------------------------------
 
 
 @dataclass
@@ -462,9 +458,8 @@ def sample_tokens(policy: Policy, prompts: Rollout, noise: Tensor, temperature: 
 
 
 @torch.no_grad()
-def collect_rollout(
-    policy: Policy, reference: Policy | None, rows: list[dict], seed: int, args: Args
-) -> Rollout:
+def collect_rollout(policy: Policy, reference: Policy | None, rows: list[dict], seed: int,
+                    args: Args) -> Rollout:
     """Sample a response to the prompt of each row. Read prompts and responses with policy, critic
     and reference, for old and reference log-probabilities and values; not if reference is None.
     Each process does this for its share of the rows, and all get the whole rollout."""
@@ -475,7 +470,7 @@ def collect_rollout(
     # Entered here, weights become bfloat16 once, not for each token.
     with torch.autocast(noise.device.type, torch.bfloat16, args.dtype == "bfloat16"):
         sampled = sample_tokens(policy, prompts, noise, args.temperature)
-    parts = split_rows(sampled, 4 * args.microbatch_size)  # without gradients, more fit
+    parts = split_rows(sampled, args.microbatch_size)
     for part in parts if reference is not None else ():
         # Old log-probabilities are computed like the new ones in the update, without a cache. The
         # sampler's cache rounds differently: with its numbers the ratio would not start at 1.
@@ -499,7 +494,7 @@ class Scorer:
     @torch.no_grad()
     def raw_scores(self, records: list[dict]) -> Tensor:
         """(sources, batch), or (sources, batch, response_len) if there is one per token."""
-        parts = split_rows(share(records), 4 * self.args.microbatch_size)
+        parts = split_rows(share(records), self.args.microbatch_size)
         return torch.stack([torch.cat(gather([source(part).cpu() for part in parts]))
                             for source in self.sources])
 
@@ -625,10 +620,8 @@ def optimizer_step(model, optimizer, stats: dict[str, Tensor], args: Args) -> di
     return stats
 
 
-def update_policy(
-    policy: Policy, optimizer, rollout: Rollout, kl_coef: float, demonstrations: list[dict],
-    seed: int, args: Args,
-) -> dict[str, float]:
+def update_policy(policy: Policy, optimizer, rollout: Rollout, kl_coef: float,
+                  demonstrations: list[dict], seed: int, args: Args) -> dict[str, float]:
     """A few epochs of minibatch steps on one batch. Returns: statistics, means over the steps."""
     rng, steps = random.Random(seed), []  # steps: the statistics of each
     response_lens = rollout.response_mask.sum(dim=1).tolist()
