@@ -13,15 +13,18 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from conftest import TINY, make_lm, make_tokenizer, read_metrics, save
 
 ROOT = Path(__file__).parent.parent
 RUNS = {  # the second takes the paths that the first does not take
     "usual": {},
     "other": {"critic": "separate", "ptx_coef": 0.5, "ent_coef": 0.1, "kl_in": "loss",
               "kl_estimator": "k3", "num_reward_models": 2, "ref_update_interval": 1,
-              "whiten_rewards": True, "microbatch_size": 3, "total_episodes": 16},
+              "whiten_rewards": True, "minibatch_size": 8, "microbatch_size": 4,
+              "total_episodes": 16},
 }
 
 
@@ -33,6 +36,7 @@ def measure(folder):
     from ppo_rlhf import Args, collect_rollout, load_policy, main, resolve_args
 
     settings, counts = json.loads((folder / "settings.json").read_text()), {}
+    runs = settings.pop("runs")
 
     def count(name, function, *arguments):
         """What function returns; the reads are written down."""
@@ -41,7 +45,7 @@ def measure(folder):
         counts[name] = {f"{place} {what}": n for (what, place), n in report.reads.items()}
         return found
 
-    for name, changes in RUNS.items():
+    for name, changes in runs.items():
         args = Args(**settings | changes)
         main(replace(args, device="cpu", run_name=f"{name}_cpu"))
         count(name, main, replace(args, device=DEVICE, run_name=f"{name}_gpu"))
@@ -59,12 +63,13 @@ def measure(folder):
 def measured(tmp_path_factory, policy_folder, pairs_file):
     """The folder of all runs, and the counts."""
     folder = tmp_path_factory.mktemp("device")
-    settings = {
+    settings = TINY | {
         "dataset": pairs_file, "dataset_split": "train[:12]", "policy_model": policy_folder,
-        "total_episodes": 8, "batch_size": 8, "minibatch_size": 4, "update_epochs": 2,
-        "response_len": 6, "max_prompt_len": 4, "eval_prompts": 2, "learning_rate": 1e-2,
-        "sft_learning_rate": 1e-3, "reward_learning_rate": 1e-3, "save_interval": 1,
+        "total_episodes": 8, "eval_prompts": 2, "reward_learning_rate": 1e-3,
         "output_dir": str(folder)}
+    del settings["device"]
+    RUNS["other"]["policy_model"] = save(folder / "llama", make_lm("Llama"), make_tokenizer())
+    settings["runs"] = RUNS
     (folder / "settings.json").write_text(json.dumps(settings))
     done = subprocess.run([sys.executable, __file__, str(folder)], text=True, capture_output=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
@@ -79,8 +84,7 @@ def test_a_run_on_a_gpu_ends_with_the_metrics_and_weights_of_the_cpu_bit_by_bit(
     for stage in ("sft", "reward_model", "policy"):
         weights, others = ((x / stage / "model.safetensors").read_bytes() for x in (one, other))
         assert weights == others, stage
-    metrics, others = ([{key: x for key, x in json.loads(line).items() if "perf" not in key}
-                        for line in (x / "metrics.jsonl").read_text().splitlines()]
+    metrics, others = (read_metrics(SimpleNamespace(output_dir=folder, run_name=x.name))
                        for x in (one, other))
     assert metrics == others and metrics
     # Texts are equal. Scores of two texts may differ in the last bit: in memory, the pretended GPU
