@@ -29,15 +29,14 @@ A response is an episode, a token is an action, the tokens before it are the sta
 gradient* raises the log-probability of each sampled token in proportion to its *advantage*: how
 much more reward followed the token than was expected. The *critic* computes what is expected: its
 *value* is a forecast, made before each token, of the rewards still to come. The *return* of a token
-is advantage + value, before advantages are whitened: what the forecast should have been, and what
-the critic is trained on. One rollout is used for several steps, and the further the policy moves,
-the less its old samples say about it. So each token has a *ratio* π_new / π_old: if the advantage
-is positive and the ratio above 1 + clip_coef, or negative and below 1 − clip_coef, the token gives
-no more gradient ("clipped").
+is advantage + value, taken before advantages are whitened; the critic is trained to forecast it.
+One rollout is used for several steps, and the further the policy moves, the less its old samples
+say about it. So each token has a *ratio* π_new / π_old: if the advantage is positive and the ratio
+above 1 + clip_coef, or negative and below 1 − clip_coef, the token gives no more gradient.
 
 Networks in stage 3: the policy; the reference, which stays as SFT left it; the critic, by default
-one linear layer on the policy; the reward model. "Old" is no further one: old_ are numbers that the
-policy itself gave before the update changed it.
+one linear layer on the policy; the reward model. "Old" is no further network: old_ are numbers that
+the policy itself gave before the update changed it.
 
     rows           dicts of text: prompt and, depending on the data, chosen, rejected, …
     batch          responses per iteration      prompt_len     columns of prompts, padded left
@@ -48,13 +47,14 @@ policy itself gave before the update changed it.
     rewards        one number per token: −kl_coef · KL, and at the last token also the score, minus
                    missing_eos_penalty if the response has no EOS
     response_mask  True on the real tokens of a response, its EOS included
-    kl             policy to reference, nats per response: for kl_coef, kl_target, max_kl
+    kl             policy to reference, in nats; per token in rewards, per response (the sum) in the
+                   log, kl_target and max_kl
     approx_kl      old to new within one update, nats per token: for target_kl
 
 EOS ends a response and is its last real token; a response that is cut at the length limit has none.
 BOS stands in front of a prompt, once, if tokenizer or template puts it there. PAD fills unused
 columns and is often the same token as EOS: never compare ids with PAD, use the masks. (Reward
-models of transformers do look for PAD: load_reward_model gives them one of their own.)
+models do look for PAD: load_reward_model gives those that are trained here one of their own.)
 
 Deliberately not here: other algorithms (DPO, GRPO), LoRA, fp16, one model spread over several GPUs,
 a sampling engine (it would replace sample_tokens). Part I is RLHF, Part II is plumbing.
@@ -247,7 +247,7 @@ class Args:
     reward_fn: str | None = None  # FILE.py:FUNCTION gives the scores; stage 2 is then skipped
     num_reward_models: int = 1  # how many stage 2 trains; several score as an ensemble
     ensemble_coef: float = 1.0  # the score of an ensemble is its mean minus this times its std
-    norm_scores: bool | None = None  # SFT samples score 0 ± 1 on average; None: for models only
+    norm_scores: bool | None = None  # to mean 0, std 1 on SFT samples; None: only those of models
     sft_epochs: int = 1  # passes over the demonstrations; 0: skip stage 1
     sft_learning_rate: float | None = None  # of stage 1, at its beginning; falls to 0 [3e-3, 1e-5]
     reward_epochs: int = 1  # passes over the comparisons
@@ -266,23 +266,24 @@ class Args:
     temperature: float = 1.0  # of the sampler, and of every log-probability in PPO
     gamma: float = 1.0  # discount per token
     gae_lambda: float = 0.95  # from 0, trust the next forecast, to 1, trust the sampled rewards
-    clip_coef: float = 0.2  # tokens whose ratio has moved past 1 ± this lose their gradient
-    vf_clip_coef: float = 0.2  # the same for values that have moved by this, in units of the score
+    clip_coef: float = 0.2  # a ratio past 1 ± this, where the advantage favours it: no gradient
+    vf_clip_coef: float = 0.2  # a value that moved by more than this to its return: no gradient
     vf_coef: float = 0.5  # weight of the value loss (half the squared error)
     ent_coef: float = 0.0  # weight of the entropy bonus, per nat
     max_grad_norm: float = 1.0  # gradients are scaled down to this global norm
     target_kl: float | None = None  # end an update if an epoch's approx_kl is above: nats per token
 
-    # The KL to the reference: with --kl-in reward use k1, with --kl-in loss use k2. Both have the
-    # gradient of KL(π ‖ π_ref). In the loss, k3 has that of KL(π_ref ‖ π), as in GRPO, k1 has none,
-    # and kl_coef weighs a mean per token: it is weaker there than in rewards, which are summed.
+    # The KL to the reference. With --kl-in reward use k1: PPO then sees the gradient of the KL of
+    # responses. With --kl-in loss use k2: it has the gradient of each token's KL(π ‖ π_ref); k3 has
+    # that of KL(π_ref ‖ π), as in GRPO; k1 has none, in expectation. In the loss, kl_coef weighs a
+    # mean per token: it is weaker there than in rewards, which are summed.
     kl_coef: float = 0.05  # weight of the KL, per nat
     kl_in: Literal["reward", "loss"] = "reward"  # subtract it from rewards, or add it to the loss
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # see kl_penalty
     kl_target: float | None = None  # adapt kl_coef until the KL is this: nats per response
     max_kl: float | None = None  # end PPO above this KL, nats per response; the last save remains
     ref_update_interval: int = 0  # iterations after which policy becomes reference; 0: never
-    whiten_rewards: bool = False  # rewards to std 1 over the batch, their mean unchanged; V too
+    whiten_rewards: bool = False  # rewards to std 1 over the batch; V is then in these units
     missing_eos_penalty: float = 1.0  # subtracted from the score that PPO sees if EOS is missing
     ptx_coef: float = 0.0  # weight of the SFT loss added to each step of PPO (PPO-ptx)
 
@@ -412,7 +413,8 @@ class Policy(nn.Module):
 
 
 class Critic(nn.Module):
-    """V(state): a linear layer on hidden states, those of the policy or those of its own trunk."""
+    """V(state): a linear layer on hidden states, those of the policy, whose weights the value loss
+    then changes as well, or those of its own trunk."""
 
     def __init__(self, hidden_size: int, trunk: nn.Module | None):
         super().__init__()
@@ -530,8 +532,8 @@ def make_critic(policy: Policy, scorer: Scorer, mean_return: float, args: Args) 
 def compute_advantages(rollout: Rollout, kl_coef: float, args: Args) -> tuple[Tensor, Tensor]:
     """Advantages and returns (batch, response_len) from scores, KL and values.
 
-    The KL in the rewards depends on π, yet rewards get no gradient. Nothing is lost: the missing
-    term is kl_coef · E[ ∇ log π ], and the mean of ∇ log π over tokens that π samples is
+    The KL in the rewards depends on π, yet rewards get no gradient. With k1 nothing is lost: the
+    missing term is kl_coef · E[ ∇ log π ], and the mean of ∇ log π over tokens that π samples is
     Σ π·∇ log π = ∇ Σ π = ∇ 1 = 0."""
     mask = rollout.response_mask
     kl = kl_penalty(rollout.old_logprobs, rollout.ref_logprobs, args.kl_estimator)
@@ -582,7 +584,7 @@ def accumulate_gradients(loss_fn: Callable, batch, coef: float, args: Args) -> d
 
     A loss is a mean over terms (response tokens, or comparisons). That of a microbatch is weighted
     by its share of the batch's terms, so that all terms count equally. A process without a row
-    reads the first one with weight 0, because the others wait for it in optimizer_step."""
+    reads the first one with weight 0: it then has the same statistics to merge as the others."""
     def count_terms(rows) -> int | Tensor:
         """Comparisons, or response tokens."""
         return len(rows) if isinstance(rows, list) else rows.response_mask.sum()
@@ -687,6 +689,7 @@ def train_ppo(sft: Path | str, scorer: Scorer, data: "Data", args: Args, log: "R
             state |= {"iteration": iteration, "kl_coef": kl_coef}
             save_checkpoint(log.run_dir / "checkpoint.pt", state)
 
+    del learned, policy, reference, optimizer, state  # the final table needs their memory
     reference = load_policy(sft, args)  # the SFT model, also after --ref-update-interval
     log.before_after(*(evaluate(load_policy(x, args), reference, scorer, data, args)
                        for x in (sft, log.run_dir / "policy")))
