@@ -104,24 +104,41 @@ def policy_folder(folder):
 @pytest.fixture(scope="session")
 def pairs_file(folder):
     """32 comparisons of short texts with ragged prompts."""
-    path = folder / "pairs.jsonl"
     prompts = [" ".join((WORDS * 2)[i % 9 : i % 9 + 1 + i % 4]) for i in range(32)]
     rows = [{"prompt": x, "chosen": " the plot was good .", "rejected": " bad bad bad"}
             for x in prompts]
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return str(path)
+    return write_rows(folder / "pairs.jsonl", rows)
+
+
+# Settings of a run of two iterations that takes a second; tests replace what they are about.
+TINY = {"total_episodes": 16, "batch_size": 8, "minibatch_size": 4, "update_epochs": 2,
+        "response_len": 6, "max_prompt_len": 4, "eval_prompts": 4, "learning_rate": 1e-2,
+        "sft_learning_rate": 1e-3, "save_interval": 1, "device": "cpu"}
 
 
 @pytest.fixture
 def tiny_args(tmp_path, policy_folder, pairs_file):
-    """Args of a run that takes a second; tests replace what they are about."""
+    """Args of such a run of all three stages."""
     from ppo_rlhf import Args
 
-    return Args(
-        dataset=pairs_file, policy_model=policy_folder, output_dir=str(tmp_path), run_name="run",
-        total_episodes=16, batch_size=8, minibatch_size=4, update_epochs=2, response_len=6,
-        max_prompt_len=4, eval_prompts=4, learning_rate=1e-2, sft_learning_rate=1e-3,
-        reward_learning_rate=1e-3, save_interval=1, device="cpu")
+    return Args(**TINY, dataset=pairs_file, policy_model=policy_folder, output_dir=str(tmp_path),
+                run_name="run", reward_learning_rate=1e-3)
+
+
+def write_rows(path, rows):
+    """A jsonl file of rows, or of lines. Returns: its name."""
+    lines = (x if isinstance(x, str) else json.dumps(x) for x in rows)
+    Path(path).write_text("\n".join(lines))
+    return str(path)
+
+
+def read_curves(folder):
+    """What TensorBoard has of a run: {name: [(step, value), …]}."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    parts = [EventAccumulator(str(x)).Reload() for x in Path(folder).rglob("events*")]
+    return {name: [(point.step, point.value) for point in part.Scalars(name)]
+            for part in parts for name in part.Tags()["scalars"]}
 
 
 def read_metrics(args):

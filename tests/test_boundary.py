@@ -134,7 +134,6 @@ TOKENIZERS = {make.__name__: make for make in (byte_level, llama, prepend, word_
 
 # Sixteen dialogues -------------------------------------------------------------------------------
 
-
 def template(start, turn, first=""):
     """A chat template: how the prompt ends, how a turn of the assistant is written."""
     return (f"{first}{{% for m in messages %}}{{% if m.role == 'user' %}}A: {{{{ m.content }}}}\n"
@@ -178,7 +177,6 @@ RIGHT = [x for x in ALL if x not in DROPPED]
 
 
 # What is right, by transformers alone ------------------------------------------------------------
-
 
 def ids_of_whole(tokenizer, prompt, answer):
     """Ids of the whole dialogue: W."""
@@ -247,7 +245,6 @@ def each_of(cases):
 
 # The matrix --------------------------------------------------------------------------------------
 
-
 def test_the_table_of_dropped_dialogues_is_what_transformers_says():
     right = {x: expected(make_tokenizer(x[0], TEMPLATES.get(x[1])), x[1]) for x in ALL}
     dropped = {x for x in ALL if right[x].whole[: len(right[x].start)] != right[x].start}
@@ -255,13 +252,11 @@ def test_the_table_of_dropped_dialogues_is_what_transformers_says():
 
 
 @each_of(RIGHT)
-def test_the_prompt_that_ppo_continues_is_the_beginning_of_the_whole(case):
-    [found] = prompts_of(case.policy, [case.row])
-    assert case.text(found) == case.text(case.start) == case.text(case.whole[: len(found)])
-
-
-@each_of(RIGHT)
-def test_a_demonstration_is_the_prompt_and_the_rest_of_the_whole_up_to_its_first_eos(case):
+def test_a_demonstration_is_the_prompt_that_ppo_continues_and_the_rest_up_to_its_first_eos(
+        case, tmp_path):
+    assert answers_used(case.folder, tmp_path / "data.jsonl", [case.row]) == [case.row["chosen"]]
+    [prompt] = prompts_of(case.policy, [case.row])
+    assert case.text(prompt) == case.text(case.start) == case.text(case.whole[: len(prompt)])
     [(found, response)] = demonstrations_of(case.policy, [case.row])
     assert case.text(found) == case.text(case.start + case.response)
     assert case.text(response) == case.text(case.response)
@@ -302,14 +297,8 @@ def test_of_a_long_prompt_bos_and_the_last_tokens_are_continued_and_all_is_score
 
 # Rows of a file, and a batch of all dialogues ----------------------------------------------------
 
-
-@each_of(RIGHT)
-def test_rows_whose_whole_begins_with_the_prompt_are_used(case, tmp_path):
-    assert answers_used(case.folder, tmp_path / "data.jsonl", [case.row]) == [case.row["chosen"]]
-
-
 @each_of(DROPPED)
-def test_other_rows_are_dropped_counted_and_named(case, tmp_path, capsys):
+def test_rows_whose_whole_begins_otherwise_are_dropped_counted_and_named(case, tmp_path, capsys):
     # No answer, or a thought that does not end, is written behind these prompts as it is.
     fine = "<think>\nyes we can" if "<think>" in case.row["chosen"] else ""
     rows = [case.row, {**case.row, "chosen": fine}, case.row]

@@ -18,6 +18,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from conftest import read_curves
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 
 import ppo_classic as ppo
@@ -30,9 +31,8 @@ class Counter(gymnasium.Env):
     given: ClassVar = []  # actions
     seeds: ClassVar = []  # of resets that had one
 
-    def __init__(self, action_space=None, terminates=False):  # no render_mode: cannot be filmed
-        self.action_space, self.terminates = action_space or Discrete(2), terminates
-        self.episode = -1
+    def __init__(self, action_space=None):  # no render_mode: cannot be filmed
+        self.action_space, self.episode = action_space or Discrete(2), -1
 
     def reset(self, seed=None, options=None):
         self.episode, self.step_idx = self.episode + 1, 0
@@ -47,17 +47,7 @@ class Counter(gymnasium.Env):
     def step(self, action):
         self.step_idx += 1
         self.given.append(np.copy(action))
-        over = self.step_idx == 3
-        return self.obs(), 2.0, over and self.terminates, over and not self.terminates, {}
-
-
-class Clock(Counter):
-    """Observation: the step alone."""
-
-    observation_space = Box(-np.inf, np.inf, (1,), np.float32)
-
-    def obs(self):
-        return np.array([self.step_idx], dtype=np.float32)
+        return self.obs(), 2.0, False, self.step_idx == 3, {}
 
 
 class Sloppy(Counter):
@@ -99,16 +89,8 @@ class Scripted(Counter):
         return self.obs(), self.script.pop(0), False, False, {}
 
 
-class Dark(Counter):
-    """Can be asked for pictures, but has no method that draws them."""
-
-    def __init__(self, render_mode=None):
-        super().__init__()
-
-
-for env_class in (Counter, Clock, Sloppy, Staggered, Scripted, Dark):
+for env_class in (Counter, Sloppy, Staggered, Scripted):
     gymnasium.register(f"{env_class.__name__}-v0", entry_point=env_class)
-gymnasium.register("TerminatedClock-v0", entry_point=Clock, kwargs={"terminates": True})
 for env_id, space in {
     "Shifted-v0": Discrete(3, start=5), "Pair-v0": MultiDiscrete([2, 2]),
     "Narrow-v0": Box(-0.1, 0.1, (2,), np.float32),
@@ -145,49 +127,17 @@ def make(env_id, args, num_envs=1):
 
 
 def collect(agent, envs, args):
-    """One rollout, its rewards scaled by statistics of its own."""
+    """One rollout, with reward statistics of its own."""
     return ppo.collect_rollout(agent, envs, ppo.RunningStats(1), args)
-
-
-def curves_of(args):
-    """What TensorBoard has of a run: {name: [(step, value), …]}."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(Path(args.output_dir, args.run_name))).Reload()
-    return {name: [(point.step, point.value) for point in events.Scalars(name)]
-            for name in events.Tags()["scalars"]}
-
-
-def column(*numbers):
-    """Numbers over time, (num_steps, 1)."""
-    return torch.tensor(numbers).unsqueeze(1)
 
 
 # GAE ----------------------------------------------------------------------------------------------
 
-
-def test_gae_of_three_steps_by_hand():
-    no = column(False, False, False)
-    advantages, returns = ppo.gae(column(1.0, 0.0, 2.0), column(1.0, 2.0, 3.0),
-                                  column(2.0, 3.0, 4.0), no, no, gamma=0.5, gae_lambda=0.5)
-    # δ = 1 + 0.5·2 − 1 = 1,  0 + 0.5·3 − 2 = −0.5,  2 + 0.5·4 − 3 = 1
-    # A₂ = 1,  A₁ = −0.5 + 0.25·1 = −0.25,  A₀ = 1 + 0.25·(−0.25) = 0.9375
-    assert advantages.flatten().tolist() == [0.9375, -0.25, 1.0]
-    assert returns.flatten().tolist() == [1.9375, 1.75, 4.0]
-
-
 def test_termination_drops_the_next_value_and_truncation_keeps_it():
-    yes, no = column(True), column(False)
-    inputs = column(1.0), column(0.0), column(10.0)
+    yes, no = torch.tensor([[True]]), torch.tensor([[False]])
+    inputs = torch.tensor([[[1.0]], [[0.0]], [[10.0]]])  # reward, V of now and of next
     assert ppo.gae(*inputs, yes, no, 0.9, 0.95)[0].item() == 1.0  # 1
     assert ppo.gae(*inputs, no, yes, 0.9, 0.95)[0].item() == 10.0  # 1 + 0.9·10
-
-
-def test_the_value_of_the_next_episode_does_not_move_the_terminal_step():
-    """Reward 1 and V = 5 at the terminal step, V = 100 after the reset: −4, and not 95."""
-    advantages, _ = ppo.gae(column(1.0, 0.0), column(5.0, 100.0), column(7.0, 100.0),
-                            column(True, False), column(False, False), 1.0, 0.95)
-    assert advantages[0].item() == -4.0
 
 
 def double_sum(deltas, done, decay):
@@ -210,29 +160,7 @@ def test_gae_equals_the_double_sum_over_random_episode_ends():
     assert torch.allclose(advantages, double_sum(deltas, terminated | truncated, 0.9 * 0.8))
 
 
-def test_values_learn_that_a_truncated_episode_would_go_on(args):
-    args = replace(args, total_timesteps=4800, num_envs=4, num_steps=24, num_minibatches=1,
-                   gamma=0.5, learning_rate=1e-2, update_epochs=4)
-    truncated = train(args, env_id="Clock-v0", run_name="a")
-    terminated = train(args, env_id="TerminatedClock-v0", run_name="b")
-    steps = torch.tensor([[0.0], [1.0], [2.0]])
-    # Reward 2 for ever: 2/(1 − 0.5) = 4. Three rewards of 2: 2 + 1 + 0.5, 2 + 1, 2.
-    assert torch.allclose(truncated.values(steps), torch.tensor([4.0, 4.0, 4.0]), atol=0.3)
-    assert torch.allclose(terminated.values(steps), torch.tensor([3.5, 3.0, 2.0]), atol=0.3)
-
-
 # Rollout ------------------------------------------------------------------------------------------
-
-
-def test_no_transition_joins_two_episodes(args):
-    agent, envs, args = make("Counter-v0", replace(args, num_steps=12), num_envs=3)
-    rollout = collect(agent, envs, args)
-    episodes, steps = rollout.obs.unbind(-1)
-    next_episodes, next_steps = rollout.next_obs.unbind(-1)
-    assert torch.equal(episodes, next_episodes) and torch.equal(steps + 1, next_steps)
-    assert torch.equal(rollout.truncated, next_steps == 3) and not rollout.terminated.any()
-    assert steps[:, 0].tolist() == [0, 1, 2] * 4
-
 
 def test_arrays_as_rewards_numbers_as_ends_and_a_reused_observation_change_nothing(args):
     clean, sloppy = (collect(*make(env_id, args, num_envs=2)) for env_id in (
@@ -252,15 +180,6 @@ def test_the_environment_gets_clipped_actions_and_the_rollout_keeps_the_draws(ar
     assert torch.allclose(rollout.old_logprobs, logprobs.sum(-1), atol=1e-5)
 
 
-def test_before_the_first_step_the_ratio_is_1(args):
-    agent, envs, args = make("Pendulum-v1", args)
-    agent.obs_norm.update(torch.randn(50, 3) * 4 + 1)
-    rollout = collect(agent, envs, args)
-    logprobs, _, values = agent(rollout.obs.flatten(0, 1)[:7], rollout.actions.flatten(0, 1)[:7])
-    assert torch.allclose(logprobs, rollout.old_logprobs.flatten()[:7], atol=1e-5)
-    assert torch.allclose(values, rollout.old_values.flatten()[:7], atol=1e-5)
-
-
 def test_discrete_actions_are_counted_from_the_start_of_their_space(args):
     Counter.given.clear()
     _, envs, _ = make("Shifted-v0", args, num_envs=2)
@@ -270,7 +189,6 @@ def test_discrete_actions_are_counted_from_the_start_of_their_space(args):
 
 # Policies -----------------------------------------------------------------------------------------
 
-
 def test_gaussian_log_probability_and_entropy_sum_over_action_dimensions():
     mean, log_std = torch.zeros(1, 2), torch.tensor([0.0, math.log(2)])
     actions = torch.tensor([[1.0, 2.0]])
@@ -279,13 +197,6 @@ def test_gaussian_log_probability_and_entropy_sum_over_action_dimensions():
     assert math.isclose(ppo.gaussian_logprobs(mean, log_std, actions).item(), by_hand, rel_tol=1e-6)
     normal = torch.distributions.Normal(mean, log_std.exp())
     assert torch.allclose(ppo.gaussian_entropy(log_std), normal.entropy().sum())
-
-
-def test_categorical_log_probability_and_entropy_by_hand():
-    logits = torch.tensor([[math.log(3.0), 0.0]])  # probabilities ¾ and ¼
-    assert ppo.logprobs_from_logits(logits, torch.tensor([0])).exp().item() == pytest.approx(0.75)
-    by_hand = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
-    assert math.isclose(ppo.entropy(logits).item(), by_hand, rel_tol=1e-6)
 
 
 def test_samples_follow_the_softmax_of_the_logits_and_the_greedy_action_is_the_likeliest(args):
@@ -328,7 +239,6 @@ def test_without_orthogonal_init_both_networks_have_the_first_weights_of_pytorch
 
 # Running statistics -------------------------------------------------------------------------------
 
-
 def test_observations_leave_with_mean_0_and_std_1_and_are_clipped_at_10():
     stats = ppo.RunningStats(1)
     stats.update(torch.tensor([[1.0], [3.0]]))  # mean 2, std 1
@@ -336,88 +246,26 @@ def test_observations_leave_with_mean_0_and_std_1_and_are_clipped_at_10():
     assert stats(rows).flatten().tolist() == [0, 2, 10, -10]
 
 
-def scaled_rewards(rewards, **changes):
-    """Let Scripted give these rewards. Returns: what they count, and their statistics."""
-    Scripted.script[:], stats = rewards, ppo.RunningStats(1)
+@pytest.mark.parametrize(("rewards", "scaled"), [
+    ([2.0, 2.0], [4, 4]),  # discounted sums of the past: 2, then 2 + 0.5·2 = 3; their std: 0.5
+    ([1.0] + 9999 * [0.0], [10]), ([-1.0] + 9999 * [0.0], [-10])])
+def test_rewards_are_divided_by_the_std_of_their_discounted_sum_and_clipped_at_10(rewards, scaled):
+    Scripted.script[:] = rewards
     agent, envs, args = make("Scripted-v0", ppo.Args(
-        num_steps=len(rewards), num_minibatches=1, norm_reward=True, gae_lambda=0.0, **changes))
+        num_steps=len(rewards), num_minibatches=1, norm_reward=True, gae_lambda=0.0, gamma=0.5))
     agent.critic[-1].weight.data.zero_()  # V = 0 and λ = 0: each return is one reward
-    rollout = ppo.collect_rollout(agent, envs, stats, args)
+    rollout = collect(agent, envs, args)
     assert rollout.rewards.flatten().tolist() == rewards  # kept as they were
-    return rollout.returns.flatten(), stats
-
-
-def test_rewards_are_divided_by_the_std_of_their_discounted_sum():
-    scaled, stats = scaled_rewards([2.0, 2.0], gamma=0.5)
-    # Discounted sums of the past: 2, then 2 + 0.5·2 = 3. Their std: 0.5.
-    assert torch.allclose(scaled, torch.tensor([4.0, 4.0]))
-    assert stats.mean.item() == 2.5 and stats.count == 2
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_scaled_rewards_are_clipped_at_10_on_both_sides(sign):
-    scaled, _ = scaled_rewards([float(sign)] + 999 * [0.0], gamma=0.0)  # std of the sums: 0.03
-    assert scaled[0] == 10 * sign
+    assert rollout.returns[: len(scaled), 0].tolist() == pytest.approx(scaled)
 
 
 # Losses -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("ratio", "advantage", "clip_coef", "objective", "cut"), [
-    (1.5, 1.0, 0.2, 1.2, True), (0.5, 1.0, 0.2, 0.5, False), (1.5, -1.0, 0.2, -1.5, False),
-    (0.5, -1.0, 0.2, -0.8, True), (9.0, 1.0, math.inf, 9.0, False)])
-def test_the_four_corners_of_clipping(ratio, advantage, clip_coef, objective, cut):
-    loss, clipfrac = ppo.policy_loss(torch.tensor([math.log(ratio)]), torch.zeros(1),
-                                     torch.tensor([advantage]), clip_coef)
-    assert math.isclose(loss, -objective, rel_tol=1e-6) and clipfrac == cut
-
-
-def test_value_clipping_takes_the_larger_error():
-    # V moves from 0 to 1 with target 1: clipped to 0.2, error 0.8 instead of 0.
-    loss, clipfrac = ppo.value_loss(torch.ones(1), torch.zeros(1), torch.ones(1), 0.2)
-    assert math.isclose(loss, 0.5 * 0.8**2, rel_tol=1e-6) and clipfrac == 1
-
-
-def test_shapes_that_would_broadcast_are_refused():
-    with pytest.raises(ValueError, match="shapes differ"):
-        ppo.value_loss(torch.zeros(4, 1), torch.zeros(4), torch.zeros(4), 0.2)
-
-
-def test_the_gradient_of_the_kl_penalty_is_that_of_the_exact_kl():
-    old, logits = torch.tensor([0.6, 0.3, 0.1]).log(), torch.zeros(3, requires_grad=True)
-    new = logits.log_softmax(-1)
-    weighted = (old.exp() * ppo.kl_penalty(old, new)).sum()  # expectation over actions of old
-    exact = (old.exp() * (old - new)).sum()  # KL(π_old ‖ π_new)
-    grads = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (weighted, exact)]
-    assert torch.allclose(weighted, exact) and torch.allclose(*grads)
-
-
-@pytest.mark.parametrize("d", [1e-3, -1e-3, 1e-4, -1e-4])
-def test_a_small_kl_does_not_drown_in_rounding(d):
-    # exp(−d) − 1 + d = ½·d² − d³/6 + …, here 5e-7 or 5e-9; exp(−d) alone is rounded to 6e-8.
-    k3 = ppo.kl_penalty(torch.tensor([d]), torch.zeros(1)).item()
-    assert math.isclose(k3, 0.5 * d**2 - d**3 / 6, rel_tol=2e-3)
-
 
 def test_beta_halves_below_and_doubles_above_one_and_a_half_times_the_target():
     assert ppo.adaptive_kl_beta(1.0, observed_kl=0.006, kl_target=0.01) == 0.5
     assert ppo.adaptive_kl_beta(1.0, observed_kl=0.007, kl_target=0.01) == 1.0
     assert ppo.adaptive_kl_beta(1.0, observed_kl=0.014, kl_target=0.01) == 1.0
     assert ppo.adaptive_kl_beta(1.0, observed_kl=0.016, kl_target=0.01) == 2.0
-
-
-@pytest.mark.parametrize("unit", [1.0, 1e-4, 1e4])
-def test_explained_variance_does_not_depend_on_the_unit_of_the_returns(unit):
-    # Var(returns) = 1; what the values leave over is −1 and 0, of variance 0.25.
-    found = ppo.explained_variance(torch.tensor([1.0, 3.0]) * unit, torch.tensor([2.0, 3.0]) * unit)
-    assert math.isclose(found, 0.75, rel_tol=1e-5)
-
-
-@pytest.mark.parametrize("returns", [
-    torch.zeros(9), torch.full((2048,), 0.1), 1e4 + torch.tensor([0.0, 1e-3, 2e-3, 3e-3])])
-def test_of_returns_that_are_constant_up_to_rounding_there_is_no_explained_variance(returns):
-    for values in (returns, torch.randn(len(returns))):
-        assert math.isnan(ppo.explained_variance(returns, values))
 
 
 # Runs repeated by a second PPO --------------------------------------------------------------------
@@ -432,7 +280,7 @@ RUNS = {
     "CartPole, penalty": {"policy_loss": "kl-adaptive", "kl_target": 1e-4, "norm_reward": True,
                           "norm_obs": True, "max_grad_norm": 0.2, "clip_vloss": False},
     "CartPole, early stop": {"target_kl": 3e-4, "policy_loss": "none"},
-    "Clock": {"env_id": "Clock-v0", "anneal_lr": False, "norm_reward": True, "clip_coef": 0.05},
+    "Counter": {"env_id": "Counter-v0", "anneal_lr": False, "norm_reward": True, "clip_coef": 0.05},
     "Staggered": {"env_id": "Staggered-v0", "num_envs": 3, "policy_loss": "kl-fixed"},
 }
 
@@ -557,7 +405,7 @@ def repeated(request, tmp_path_factory):
         "num_steps": 16, "learning_rate": 3e-3, "update_epochs": 3, "seed": 3,
         "eval_episodes": 0} | RUNS[request.param])))
     args = replace(args, total_timesteps=5 * args.batch_size)
-    return train(args), curves_of(args), *second_ppo(args)
+    return train(args), read_curves(Path(args.output_dir, "run")), *second_ppo(args)
 
 
 def test_five_iterations_end_with_the_weights_of_a_second_ppo(repeated):
@@ -576,20 +424,10 @@ def test_the_curves_are_those_of_a_second_ppo_and_have_the_names_of_cleanrl(repe
 
 # The whole run ------------------------------------------------------------------------------------
 
-
 def test_cartpole_is_learnt(args, capsys):
     ppo.main(ppo.Args(total_timesteps=40_960, output_dir=args.output_dir, run_name="run"))
     last = [x for x in capsys.readouterr().out.splitlines() if x.startswith("step")][-1]
     assert float(last.split("return")[1].split()[0]) > 150  # a random policy: about 22
-
-
-def test_curves_are_drawn_over_environment_steps_and_beta_follows_the_kl(args):
-    train(args, env_id="Clock-v0", policy_loss="kl-adaptive", kl_target=10.0, num_steps=6,
-          total_timesteps=36)
-    curves, steps = curves_of(args), [6, 6, 12, 12, 18, 18, 24, 24, 30, 30, 36, 36]
-    assert curves["charts/episodic_return"] == [(step, 6.0) for step in steps]  # three times 2
-    assert curves["charts/episodic_length"] == [(step, 3.0) for step in steps]
-    assert curves["losses/kl_beta"] == [(12, 1.0), (24, 0.5), (36, 0.25)]
 
 
 @pytest.fixture(scope="module")
@@ -625,20 +463,25 @@ def test_an_evaluation_of_no_episodes_is_refused(finished, capsys):
     assert "--eval-episodes 0 leaves --eval-only" in capsys.readouterr().err
 
 
-def test_a_run_that_breaks_leaves_its_last_model(args):
-    Scripted.script[:] = [1.0] * (30 * 40 + 20)
-    with pytest.raises(RuntimeError, match="broken"):  # in the 31st of 40 iterations
+@pytest.mark.parametrize(("rewards", "error"), [
+    ([], "broken"), ([math.nan] * 40, "iteration 31, step 1: .* is nan; lower")])
+def test_a_run_that_breaks_in_the_31st_of_40_iterations_leaves_its_last_model(args, rewards, error):
+    Scripted.script[:] = [1.0] * (30 * 40 + 20) + rewards
+    with pytest.raises((RuntimeError, FloatingPointError), match=error):
         train(args, env_id="Scripted-v0", total_timesteps=1600)
     agent, _ = ppo.load_agent(Path(args.output_dir, "run"))  # saved after every second one
     assert agent.actor[-1].bias.abs().max() > 0  # zero before training
+    assert all(x.isfinite().all() for x in agent.parameters())
 
 
 def test_evaluation_clips_actions_and_sums_the_rewards_of_each_episode(args):
     agent, _, args = make("Narrow-v0", replace(args, eval_episodes=2))
     agent.actor[-1].bias.data += 5
     Counter.given.clear()
+    Counter.seeds.clear()
     assert ppo.evaluate(agent, args, Path()) == [6.0, 6.0]
     assert np.max(Counter.given) <= np.float32(0.1)
+    assert len(Counter.seeds) == 1 and Counter.seeds[0] > args.seed + 100_000  # not of training
 
 
 def test_evaluation_episodes_differ_but_are_the_same_each_time(args):
@@ -646,13 +489,6 @@ def test_evaluation_episodes_differ_but_are_the_same_each_time(args):
     first, second = (ppo.evaluate(agent, args, Path()) for _ in range(2))
     assert first == second and first[0] != first[1]
     assert first != ppo.evaluate(agent, replace(args, seed=2), Path())
-
-
-def test_the_evaluation_seed_is_far_from_those_of_training(args):
-    agent, _, args = make("Counter-v0", replace(args, eval_episodes=2))
-    Counter.seeds.clear()
-    ppo.evaluate(agent, args, Path())
-    assert len(Counter.seeds) == 1 and Counter.seeds[0] > args.seed + 100_000
 
 
 def test_an_evaluation_without_time_limit_ends(args):
@@ -679,17 +515,6 @@ def test_actions_that_are_always_clipped_are_noted_once(args, capsys, env_id, nu
     assert len(notes) == number
     for note in notes:  # the first action is between −1 and 1
         assert "action 1 was always clipped to 100 … 200" in note and "rescale it to ± 1" in note
-
-
-# Numbers that are not finite ----------------------------------------------------------------------
-
-
-def test_a_non_finite_reward_stops_the_run_and_spares_the_saved_model(args):
-    Scripted.script[:] = [1.0] * 50 + [math.nan] * 30  # in the second of two rollouts
-    with pytest.raises(FloatingPointError, match=r"iteration 2, step 1: .* is nan; lower"):
-        train(args, env_id="Scripted-v0")
-    agent, _ = ppo.load_agent(Path(args.output_dir, "run"))
-    assert all(x.isfinite().all() for x in agent.parameters())
 
 
 @pytest.mark.parametrize(("name", "step"), [
@@ -757,14 +582,6 @@ def test_the_settings_follow_the_action_space_and_flags_override_them():
     assert (continuous.num_steps, continuous.num_envs, continuous.norm_obs) == (2048, 3, True)
 
 
-def test_the_help_says_what_clipping_does(capsys):
-    tyro = pytest.importorskip("tyro")
-    with pytest.raises(SystemExit):
-        tyro.cli(ppo.Args, args=["--help"])
-    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "actions whose ratio has moved past 1 ± this lose their gradient" in words
-
-
 @pytest.mark.parametrize(("changes", "words"), [
     ({"gamma": 1.5}, "--gamma 1.5 is out of range; it must be from 0 to 1"),
     ({"gae_lambda": math.nan}, "--gae-lambda nan is out of range"),
@@ -773,13 +590,9 @@ def test_the_help_says_what_clipping_does(capsys):
     ({"num_minibatches": 3}, "--num-minibatches 3 does not divide a rollout of --num-envs 2"),
     ({"total_timesteps": 20}, "--total-timesteps 20 is less than one rollout of 40"),
     ({"env_id": "CartPole-v99"}, "--env-id CartPole-v99 cannot be used"),
-    ({"env_id": "NoSuchTask-v0"}, "--env-id NoSuchTask-v0 cannot be used"),
     ({"env_id": "Pair-v0"}, "with Discrete or one-dimensional real Box actions"),
     ({"seed": -1}, "--seed -1 is out of range; it must be from 0 to"),
-    ({"max_grad_norm": math.nan}, "--max-grad-norm nan is out of range"),
     ({"capture_video": True, "eval_episodes": 0}, "--eval-episodes 0 leaves"),
-    ({"capture_video": True, "env_id": "Dark-v0"},
-     "--env-id Dark-v0 with --capture-video cannot be used (NotImplementedError: "),
     ({"capture_video": True, "env_id": "Counter-v0"},
      "--env-id Counter-v0 with --capture-video cannot be used (TypeError: "),
     ({"output_dir": "/proc/x"}, "'/proc/x'); choose another, or another --output-dir"),

@@ -12,11 +12,10 @@ import re
 from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_lm, make_reward_model, make_tokenizer, run, save
+from conftest import make_lm, make_reward_model, make_tokenizer, run, save, write_rows
 
 import ppo_rlhf as ppo
 
@@ -28,18 +27,12 @@ HH = "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: why\n\nAssistant:"
 COMEDY = "a new comedy about the war."
 
 
-def write(path, rows):
-    """A jsonl file of rows, or of lines. Returns: its name."""
-    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in rows))
-    return str(path)
-
-
 @pytest.fixture
 def load(tmp_path, policy_folder):
     """A function that loads rows, by default all on the training side."""
     def load_rows(rows, **settings):
         return ppo.load_data(ppo.Args(**({
-            "dataset": write(tmp_path / "data.jsonl", rows), "policy_model": policy_folder,
+            "dataset": write_rows(tmp_path / "data.jsonl", rows), "policy_model": policy_folder,
             "eval_prompts": 0, "reward_model": ("given",), "sft_epochs": 0} | settings)))
     return load_rows
 
@@ -50,7 +43,6 @@ def texts(rows):
 
 
 # Rows, in every format ----------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(("row", "prompt", "sides"), [
     (PAIR, "a", [" good", " bad"]),
@@ -140,13 +132,15 @@ def test_every_kind_of_file_gives_the_same_rows_and_slices(load, tmp_path, kind,
 
 def test_pairs_that_are_equal_after_the_cut_are_dropped_and_counted(tiny_args, tmp_path, capsys):
     rows = [{"prompt": "a", "chosen": " a b c", "rejected": x} for x in (" a b d", " a", " a b c")]
-    run(tiny_args, dataset=write(tmp_path / "data.jsonl", rows), eval_prompts=0, response_len=2)
-    assert "comparisons  1 of 3; the others are equal" in capsys.readouterr().out
+    path = write_rows(tmp_path / "data.jsonl", rows)
+    run(tiny_args, dataset=path, eval_prompts=0, response_len=2)
+    assert "comparisons  1 of 3 differ" in capsys.readouterr().out
 
 
 def test_chats_train_in_all_three_stages(tiny_args, tmp_path):
-    pairs = write(tmp_path / "pairs.jsonl", [{"chosen": [USER, GOOD], "rejected": [USER, BAD]}] * 9)
-    chats = write(tmp_path / "chats.jsonl", [{"messages": [USER, BAD, MORE, GOOD]}] * 9)
+    pair = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    pairs = write_rows(tmp_path / "pairs.jsonl", [pair] * 9)
+    chats = write_rows(tmp_path / "chats.jsonl", [{"messages": [USER, BAD, MORE, GOOD]}] * 9)
     metrics = run(tiny_args, dataset=pairs, sft_dataset=chats, max_prompt_len=16, eval_prompts=0)
     assert len(metrics) == 2 and metrics[-1]["ppo/log_ratio_first"] < 1e-5
 
@@ -184,7 +178,7 @@ def test_demonstrations_of_held_out_prompts_are_held_out_and_of_others_at_most_a
     load, tmp_path, letter, number, held_out
 ):
     rows = [{"prompt": f"{letter} {i}", "completion": " good"} for i in reversed(range(number))]
-    data = load(ROWS, sft_dataset=write(tmp_path / "sft.jsonl", rows), eval_prompts=10)
+    data = load(ROWS, sft_dataset=write_rows(tmp_path / "sft.jsonl", rows), eval_prompts=10)
     assert not prompts_of(data) & prompts_of(data.held_out)
     assert sizes(data) == (60, number - held_out, 60) and sizes(data.held_out) == (10, held_out, 20)
 
@@ -197,14 +191,8 @@ def test_prompt_batches_pass_over_all_prompts_before_any_returns(size):
 
 # The embedded language ----------------------------------------------------------------------------
 
-
-@pytest.fixture(scope="module")
-def reviews():
-    """The demonstrations of the embedded task."""
-    return ppo.load_data(ppo.Args(eval_prompts=0)).demonstrations
-
-
-def test_drawn_reviews_are_in_the_language_and_praise_as_often_as_they_scorn(reviews):
+def test_drawn_reviews_are_in_the_language_and_praise_as_often_as_they_scorn():
+    reviews = ppo.load_data(ppo.Args(eval_prompts=0)).demonstrations
     tokenizer = ppo.word_tokenizer()
     for row in reviews[:500]:
         assert ppo.is_grammatical(row["prompt"], row["chosen"], True)
@@ -233,21 +221,6 @@ def test_gold_rewards_by_hand_and_a_review_that_never_ended_loses_two(review, go
     assert ppo.gold_reward(COMEDY, review, False) == gold - 2 * grammatical
 
 
-def test_the_annotator_prefers_more_gold_with_the_odds_of_bradley_terry(reviews, tmp_path):
-    args = ppo.resolve_args(ppo.Args(device="cpu"))
-    torch.manual_seed(0)
-    log = SimpleNamespace(args=args, stage="sft", scalars=lambda *_: None)
-    policy = ppo.load_policy(None, args)  # it learns a little
-    ppo.fit(log, policy, ppo.sft_loss, lambda rows: ppo.encode(policy, rows, "chosen"),
-            reviews[:1500], 1, args.sft_learning_rate, args.seed)
-    ppo.save_model(tmp_path / "sft", policy.lm, policy.tokenizer)
-    golds = [[ppo.gold_reward(x["prompt"], x["response"], x["ended"]) for x in pair]
-             for pair in ppo.sample_comparisons(tmp_path / "sft", reviews, 500, args)]
-    likelihood = {odds: sum(-math.log(1 + math.exp(odds * (worse - better)))
-                            for better, worse in golds) for odds in (1, 2, 4)}
-    assert max(likelihood, key=likelihood.get) == 2
-
-
 REWARDS = '''
 import json
 from pathlib import Path
@@ -273,7 +246,7 @@ asks_for_more = lambda prompts, responses, colour: colour
 def test_a_reward_function_gets_whole_prompts_and_what_it_names(tiny_args, tmp_path, prompt):
     (tmp_path / "f.py").write_text(REWARDS)
     rows = [{"prompt": prompt, "answer": {"grade": i}} for i in range(16)]
-    run(tiny_args, dataset=write(tmp_path / "data.jsonl", rows), eval_prompts=0, sft_epochs=0,
+    run(tiny_args, dataset=write_rows(tmp_path / "data.jsonl", rows), eval_prompts=0, sft_epochs=0,
         sft_learning_rate=None, reward_learning_rate=None, reward_fn=f"{tmp_path}/f.py:recorded")
     prompts, answers, expected, tokens, ended, *others = json.loads(
         (tmp_path / "calls").read_text().splitlines()[-1])
@@ -286,7 +259,6 @@ def test_a_reward_function_gets_whole_prompts_and_what_it_names(tiny_args, tmp_p
 
 
 # Settings, and everything that is refused ---------------------------------------------------------
-
 
 @pytest.fixture(scope="module")
 def places(folder, policy_folder, pairs_file):
@@ -307,7 +279,9 @@ def places(folder, policy_folder, pairs_file):
     (folder / "utf16.jsonl").write_text(json.dumps(PAIR), encoding="utf-16")
     models = {"rm": (make_reward_model(), make_tokenizer()), "no_chats": (make_lm(), rejects),
               "no_system": (make_reward_model(), no_system),
-              "no_eos": (make_lm(), make_tokenizer(eos_token=None))}
+              "no_eos": (make_lm(), make_tokenizer(eos_token=None)),
+              "two_outputs": (make_reward_model(num_labels=2), make_tokenizer()),
+              "more_tokens": (make_lm(vocab_size=12), make_tokenizer())}
     return {"policy": policy_folder, "pairs": pairs_file, "dir": str(folder),
             **{name: save(folder / name, *both) for name, both in models.items()}}
 
@@ -386,9 +360,9 @@ NO_SFT = {"dataset": "{dir}/prompts.jsonl", "sft_epochs": 0}
     (NO_SFT | {"ptx_coef": 1.0}, "no demonstrations"), (NO_SFT, "no comparisons; give --reward-"),
     ({"dataset": "{dir}/equal.jsonl"}, "--response-len 6 leaves no difference .*; raise it"),
     *(({"policy_model": path}, f"--policy-model {path} cannot be used .*{why}") for path, why in [
-        ("nowhere", ""), ("{rm}", ""), ("{dir}", ""), ("{no_eos}", "no EOS")]),
+        *((x, "") for x in ("nowhere", "{rm}", "{dir}", "{more_tokens}")), ("{no_eos}", "no EOS")]),
     *(({"reward_model": ("{rm}", path)}, f"--reward-model {path} cannot be used")
-      for path in ("nowhere", "{policy}", "{pairs}")),
+      for path in ("nowhere", "{policy}", "{two_outputs}", "{pairs}")),
     ({"dataset": "{dir}/chats.jsonl", "policy_model": "{no_chats}"}, "4 dropped, .*: no chats"),
     ({"dataset": "{dir}/chats.jsonl", "reward_model": ("{no_system}",)}, "{no_system} .*no system"),
     *(({"reward_fn": path}, f"--reward-fn {path} cannot be used .*{why}") for path, why in [
@@ -409,12 +383,14 @@ def test_bad_input_is_refused_in_one_sentence_before_training(args, places, chan
     assert sorted(Path(args.output_dir).rglob("*")) == before
 
 
-@pytest.mark.parametrize(("policy_model", "defaults"), [
-    ("given", (256, 128, 3e-6, 1e-5, 1e-5)), (None, (16, 32, 1e-4, 3e-3, 1e-3))])
-def test_defaults_follow_from_the_model(policy_model, defaults):
-    args = ppo.resolve_args(ppo.Args(policy_model=policy_model))
+@pytest.mark.parametrize(("given", "defaults"), [
+    ({}, (16, 32, 1e-4, 3e-3, 1e-3, True)),
+    ({"policy_model": "given"}, (256, 128, 3e-6, 1e-5, 1e-5, True)),
+    ({"policy_model": "given", "reward_fn": "f.py:f"}, (256, 128, 3e-6, 1e-5, 1e-5, False))])
+def test_defaults_follow_from_the_models(given, defaults):
+    args = ppo.resolve_args(ppo.Args(**given))
     assert (args.max_prompt_len, args.response_len, args.learning_rate, args.sft_learning_rate,
-            args.reward_learning_rate) == defaults
+            args.reward_learning_rate, args.norm_scores) == defaults
     assert args.critic_learning_rate == 10 * args.learning_rate and args.device in ("cpu", "cuda")
 
 

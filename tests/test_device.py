@@ -67,7 +67,6 @@ def measured(tmp_path_factory, policy_folder, pairs_file):
         "dataset": pairs_file, "dataset_split": "train[:12]", "policy_model": policy_folder,
         "total_episodes": 8, "eval_prompts": 2, "reward_learning_rate": 1e-3,
         "output_dir": str(folder)}
-    del settings["device"]
     RUNS["other"]["policy_model"] = save(folder / "llama", make_lm("Llama"), make_tokenizer())
     settings["runs"] = RUNS
     (folder / "settings.json").write_text(json.dumps(settings))

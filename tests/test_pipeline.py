@@ -18,10 +18,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import WORDS, make_lm, make_reward_model, make_tokenizer, read_metrics, save
+from conftest import TINY, make_lm, make_reward_model, make_tokenizer, read_curves, save, write_rows
 
 import ppo_rlhf
-from ppo_rlhf import Args, gold_reward, load_data, main, prompt_batch, resolve_args
+from ppo_rlhf import Args, gold_reward, load_data, main, resolve_args
 
 KEYS = """iteration episodes rollout/score rollout/kl rollout/response_len rollout/ended
 rollout/entropy ppo/policy_loss ppo/value_loss ppo/approx_kl ppo/clipfrac ppo/vf_clipfrac
@@ -43,33 +43,19 @@ def recorded(prompts, responses, answer, tokens):
     return letters(prompts, responses)
 def slow(prompts, responses): return time.sleep(0.25) or letters(prompts, responses)
 def constant(prompts, responses): return [1.0 for _ in responses]
-def raises(prompts, responses): return [1 / 0 for _ in responses]
-def wrong_count(prompts, responses): return [1.0]
-def wrong_type(prompts, responses): return ["high" for _ in responses]
-def not_a_number(prompts, responses): return [float("nan") for _ in responses]
-def asks_for_more(prompts, responses, colour): return colour
 """
+
+OTHER_IDS = ["d", "c", "b", "a", ",", ".", "bad", "good", "dull", "was", "plot", "the"]
 
 # Settings of a run of all three stages that takes half a second, and of stage 3 alone, where the
 # policy is given, and so is a reward function. Names are those of files in the folder `here`.
-STAGES = Args(
-    dataset="pairs.jsonl", policy_model="policy", output_dir="runs", total_episodes=32,
-    batch_size=8, minibatch_size=4, update_epochs=2, response_len=6, max_prompt_len=4,
-    eval_prompts=4, learning_rate=1e-2, sft_learning_rate=1e-3, reward_learning_rate=1e-3,
-    save_interval=1, device="cpu")
+STAGES = Args(**TINY | {"total_episodes": 32}, dataset="pairs.jsonl", policy_model="policy",
+              output_dir="runs", reward_learning_rate=1e-3)
 ALONE = {"reward_learning_rate": None, "sft_epochs": 0, "sft_learning_rate": None}
-FUNCTION = ALONE | {"reward_fn": "rewards.py:letters"}
-MODEL = {"reward_fn": None, "reward_model": ("reward_model",)}
-PPO = replace(STAGES, **FUNCTION, eval_prompts=0, total_episodes=16)
+PPO = replace(STAGES, **ALONE, reward_fn="rewards.py:letters", eval_prompts=0, total_episodes=16)
 REVIEWS = Args(sft_dataset="reviews.jsonl", num_comparisons=96, response_len=16, batch_size=64,
                total_episodes=128, update_epochs=1, learning_rate=1e-3, eval_prompts=16,
                output_dir="runs", device="cpu")
-
-
-def write_rows(name, rows):
-    """A jsonl file. Returns: its name."""
-    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(name)
 
 
 def read_rows(path):
@@ -85,21 +71,15 @@ def here(tmp_path_factory, pairs_file):
     lm.generation_config.update(do_sample=True, top_p=0.3, repetition_penalty=2.0)
     with pytest.MonkeyPatch.context() as context:
         context.chdir(tmp_path_factory.mktemp("here"))
-        for name, text in {"my_words.py": "WORD = 'good'", "rewards.py": REWARDS,
-                           "bytes.parquet": "PAR1 and no more", "broken.py": "def f(a:"}.items():
-            Path(name).write_text(text)
+        Path("my_words.py").write_text("WORD = 'good'")
+        Path("rewards.py").write_text(REWARDS)
         write_rows("pairs.jsonl", pairs)
         write_rows("other.jsonl", [x | {"chosen": " a b", "rejected": " a"} for x in pairs[::-2]])
-        write_rows("prompts.jsonl", [{"prompt": x} for x in WORDS])
-        write_rows("columns.jsonl", [{"question": "a", "reply": "b"}])
         save("policy", lm, make_tokenizer(pad_token="[EOS]"))
         save("other_policy", make_lm("GPT2"), make_tokenizer())
-        save("reward_model", make_reward_model(), make_tokenizer(words=WORDS[::-1]))  # other ids
+        save("reward_model", make_reward_model(), make_tokenizer(OTHER_IDS))
         save("other_model", make_reward_model(seed=1), make_tokenizer())
-        save("two_outputs", make_reward_model(num_labels=2), make_tokenizer())
-        save("no_eos", make_lm(), make_tokenizer(eos_token=None))
-        save("more_tokens", make_lm(vocab_size=12), make_tokenizer())
-        Path("runs/existing").mkdir(parents=True)
+        Path("runs").mkdir()
         yield
 
 
@@ -108,13 +88,15 @@ def start(args, **changes):
     args = replace(args, run_name=f"run{len([*Path('runs').iterdir()])}", **changes)
     with contextlib.redirect_stdout(io.StringIO()) as console:
         main(args)
-    folder, console, metrics = Path("runs", args.run_name), console.getvalue(), read_metrics(args)
+    folder, console = Path("runs", args.run_name), console.getvalue()
+    lines = read_rows(folder / "metrics.jsonl")
+    metrics = [{key: x for key, x in row.items() if "perf" not in key} for row in lines]
     calls = read_rows(Path("calls.jsonl"))  # of `recorded`: prompts, responses, answers, tokens
     Path("calls.jsonl").unlink(missing_ok=True)
     return SimpleNamespace(
         folder=folder, console=console, samples=re.findall("    .* -> .*", console), calls=calls,
         metrics=metrics, columns={key: [row[key] for row in metrics] for key in metrics[0]},
-        lines=read_rows(folder / "metrics.jsonl"), answers=read_rows(folder / "before_after.jsonl"),
+        lines=lines, answers=read_rows(folder / "before_after.jsonl"),
         args=json.loads((folder / "args.json").read_text()))
 
 
@@ -131,15 +113,6 @@ def reviews():
     return start(REVIEWS)
 
 
-def curves(run):
-    """TensorBoard's curves of all stages: (step, value) by name."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = [EventAccumulator(str(x)).Reload() for x in (run.folder / "curves").iterdir()]
-    return {key: [(x.step, x.value) for x in stage.Scalars(key)]
-            for stage in events for key in stage.Tags()["scalars"]}
-
-
 def weights(folder, kind="CausalLM"):
     """The weights of a model on disk in one vector."""
     load = getattr(transformers, f"AutoModelFor{kind}").from_pretrained
@@ -149,7 +122,6 @@ def weights(folder, kind="CausalLM"):
 
 
 # What a run leaves --------------------------------------------------------------------------------
-
 
 def test_a_run_leaves_three_models_settings_metrics_answers_curves_and_a_checkpoint():
     run = stages()
@@ -187,7 +159,7 @@ def test_what_is_not_a_number_is_written_as_null():
 
 
 def test_tensorboard_gets_the_same_keys_and_the_curves_of_stages_1_and_2():
-    found = curves(stages())
+    found = read_curves(stages().folder)
     others = {"sft/loss", "sft/grad_norm", "sft/held_out_perplexity", "reward_model/loss",
               "reward_model/grad_norm", "reward_model/accuracy", "reward_model/held_out_accuracy"}
     assert set(found) == {*KEYS.split()} - {"iteration", "episodes"} | others
@@ -202,7 +174,7 @@ def test_models_of_an_ensemble_differ_disagree_and_see_the_data_in_another_order
             for x, y in 12 * [(" good", " bad"), (" bad", " good")]]
     run = stages(num_reward_models=2, dataset=write_rows("orders.jsonl", rows), eval_prompts=0,
                  minibatch_size=1, reward_learning_rate=1e-12)
-    one, other = ([round(x) for _, x in curves(run)[f"reward_model{i}/accuracy"]]
+    one, other = ([round(x) for _, x in read_curves(run.folder)[f"reward_model{i}/accuracy"]]
                   for i in ("", "_2"))  # 1 for each pair whose better word a model prefers
     assert sum(one) == sum(other) == 12 and one != other != [1 - x for x in one]
     one, other = (weights(run.folder / f"reward_model{i}", "SequenceClassification")
@@ -250,7 +222,6 @@ def test_every_held_out_prompt_has_an_answer_before_and_after_and_two_are_shown(
 
 # The three stages: what is trained, what is frozen ------------------------------------------------
 
-
 def logprob(folder, prompt, response, ended, temperature=1.0):
     """log π(response | prompt) of a saved model, token by token."""
     lm = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -296,15 +267,6 @@ def test_a_stage_gives_the_same_whether_the_one_before_ran_here_or_its_model_was
     assert run.metrics == stages().metrics
 
 
-def read_score(folder, prompt, answer):
-    """The score of prompt and answer, by transformers, with one EOS behind what has ended."""
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(f"{prompt} {answer['response']}")["input_ids"]
-    ids += [tokenizer.eos_token_id] * int(answer["ended"])
-    return model(torch.tensor([ids[-tokenizer.model_max_length :]])).logits[0, 0].item()
-
-
 @pytest.mark.parametrize("changes", [
     {}, {"policy_model": "other_policy"},  # PAD is EOS, or another token
     {"reward_model": ("reward_model",), "reward_learning_rate": None},  # with ids of its own
@@ -312,10 +274,10 @@ def read_score(folder, prompt, answer):
 def test_a_reward_model_reads_whole_texts_by_its_own_tokenizer_and_stays_as_it_is(changes):
     run = stages(norm_scores=False, **changes)
     judge = changes.get("reward_model", [run.folder / "reward_model"])[0]
-    answers = [(row["prompt"], row[side]) for row in run.answers for side in ("sft", "ppo")]
-    assert len({answer["score"] for _, answer in answers}) > 1
-    for prompt, answer in answers:  # those of after PPO too
-        assert answer["score"] == pytest.approx(read_score(judge, prompt, answer), abs=1e-5)
+    answers = [row[side] for row in run.answers for side in ("sft", "ppo")]  # after PPO, too
+    expected = ppo_rlhf.load_reward_model(judge, STAGES)(answers).tolist()
+    assert [x["score"] for x in answers] == pytest.approx(expected, abs=1e-5)
+    assert len({*expected}) > 1
 
 
 def test_what_is_held_out_changes_nothing_but_the_perplexity_that_is_shown():
@@ -329,7 +291,8 @@ def test_what_is_held_out_changes_nothing_but_the_perplexity_that_is_shown():
         sums = [logprob(x.folder / "sft", prompt, text, True) for prompt in held_out]
         shown = float(re.search(r"sft +held-out perplexity (.*)", x.console)[1])
         assert shown == pytest.approx(math.exp(-sum(sums) / (4 * num_tokens)), rel=1e-3)
-        assert shown == pytest.approx(curves(x)["sft/held_out_perplexity"][0][1], abs=6e-4)
+        point, = read_curves(x.folder)["sft/held_out_perplexity"]
+        assert shown == pytest.approx(point[1], abs=6e-4)
 
 
 @pytest.mark.parametrize(("changes", "score"), [
@@ -347,11 +310,13 @@ def test_what_should_change_nothing_changes_nothing_but_the_mean_score(changes, 
 
 # The loop of stage 3: schedules, logged numbers by hand, rewards from elsewhere -------------------
 
-
-def test_the_learning_rate_of_the_log_warms_up_and_falls_to_0():
+def test_learning_rates_warm_up_and_fall_to_0_linearly_each_from_its_own_peak():
     assert stages().columns["ppo/learning_rate"] == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
-    warm = ppo(total_episodes=32, lr_warmup=2).columns["ppo/learning_rate"]
-    assert warm == pytest.approx([5e-3, 7.5e-3, 5e-3, 2.5e-3])
+    warm = ppo(total_episodes=32, lr_warmup=2)
+    assert warm.columns["ppo/learning_rate"] == pytest.approx([5e-3, 7.5e-3, 5e-3, 2.5e-3])
+    saved = torch.load(warm.folder / "checkpoint.pt", weights_only=True)["optimizer"]
+    rates = [x["lr"] for x in saved["param_groups"]]  # that of the critic is 10 times as large
+    assert rates == pytest.approx([2.5e-3, 2.5e-2])
 
 
 def test_the_adaptive_kl_coef_follows_from_the_kl_and_moves_by_at_most_a_tenth():
@@ -410,21 +375,7 @@ def test_a_reward_function_from_a_file_is_learnt(function):
     assert last > first + 2  # of at most 6 words
 
 
-@pytest.mark.parametrize("prompt", [
-    "{the} {0} was dull good bad a b", [{"role": "user", "content": "the plot was dull"}]])
-def test_a_reward_function_gets_uncut_prompts_columns_and_the_strings_of_the_tokens(prompt):
-    rows = [{"prompt": prompt, "answer": {"grade": i}} for i in range(16)]
-    run = start(PPO, dataset=write_rows("long.jsonl", rows), reward_fn="rewards.py:recorded")
-    prompts, responses, answers, tokens = run.calls[-1]
-    assert prompts == [prompt] * 8
-    assert answers == [row["answer"] for row in prompt_batch(rows, 2, 8, seed=1)]
-    for response, strings in zip(responses, tokens, strict=True):
-        assert response.split() == [x.strip() for x in strings if x.strip() != "[EOS]"]
-        assert not any("[EOS]" in x for x in strings[:-1]) and 1 <= len(strings) <= 6
-
-
 # The embedded task --------------------------------------------------------------------------------
-
 
 def test_gold_is_reported_and_never_trained_on():
     for row in reviews().answers:
@@ -444,20 +395,17 @@ def test_the_reward_model_is_trained_and_judged_on_samples_that_bradley_terry_ra
     prompts = load_data(args).held_out.prompts
     pairs = ppo_rlhf.sample_comparisons(folder / "sft", prompts, 500, args)
     assert {x["prompt"] for pair in pairs for x in pair} <= {row["prompt"] for row in prompts}
-    better, worse = ([gold_reward(x["prompt"], x["response"], x["ended"]) for x in side]
-                     for side in zip(*pairs, strict=True))
-    gaps = [x - y for x, y in zip(better, worse, strict=True)]
-    expected = sum(1 / (1 + math.exp(-2 * abs(gap))) for gap in gaps) / 500
-    right = sum((gap > 0) + 0.5 * (gap == 0) for gap in gaps) / 500
-    # 500 choices: their mean has a standard error of at most 0.5 / √500 = 0.022.
-    assert right == pytest.approx(expected, abs=0.06) and max(map(abs, gaps)) > 1.5
+    golds = [[gold_reward(x["prompt"], x["response"], x["ended"]) for x in pair] for pair in pairs]
+    likelihood = {odds: sum(-math.log(1 + math.exp(odds * (worse - better)))
+                            for better, worse in golds) for odds in (1, 2, 4)}
+    assert max(likelihood, key=likelihood.get) == 2
     judge = ppo_rlhf.load_reward_model(folder / "reward_model", args)
     shown = float(re.search("held-out accuracy (.*)", reviews().console)[1])
     assert shown == pytest.approx(ppo_rlhf.reward_loss(judge, pairs)["accuracy"].item(), abs=1e-3)
-    assert len(curves(reviews())["reward_model/loss"]) == 3  # 96 pairs in steps of 32
+    assert len(read_curves(reviews().folder)["reward_model/loss"]) == 3  # 96 pairs in steps of 32
 
 
-# Every flag, and what is refused ------------------------------------------------------------------
+# Every flag ---------------------------------------------------------------------------------------
 
 PPO_CHANGES = {  # against a run of stage 3 alone
     "dataset": "other.jsonl", "dataset_split": "train[:20]", "max_prompt_len": 2,
@@ -476,7 +424,8 @@ STAGE_CHANGES = {  # against a run of all three stages
 OWN_TESTS = {"microbatch_size", "gradient_checkpointing", "num_comparisons", "device",
              "output_dir", "run_name", "resume"}
 TOGETHER = {  # what a flag needs beside it to have an effect
-    "kl_in": {"kl_estimator": "k2"}, "max_kl": {"total_episodes": 24}, "reward_model": MODEL,
+    "kl_in": {"kl_estimator": "k2"}, "max_kl": {"total_episodes": 24},
+    "reward_model": {"reward_fn": None, "reward_model": ("reward_model",)},
     "ensemble_coef": {"num_reward_models": 2}}
 
 
@@ -496,64 +445,3 @@ def test_help_explains_every_flag_in_words(capsys):
     for name in (x.name.replace("_", "-") for x in fields(Args)):
         entry = re.search(rf" --{name}(?:, --no-{name})? (?!=)(.*?)\(default: ", text)[1]
         assert len(re.findall(r"[a-z]{2,}", entry)) >= 2, entry
-
-
-def test_defaults_follow_from_data_and_model():
-    new, given = resolve_args(Args()), resolve_args(replace(
-        PPO, learning_rate=None, sft_epochs=1, max_prompt_len=None, response_len=None))
-    assert (new.learning_rate, new.sft_learning_rate) == (1e-4, 3e-3)
-    assert (given.learning_rate, given.sft_learning_rate) == (3e-6, 1e-5)
-    assert new.critic_learning_rate == 10 * new.learning_rate
-    assert (new.max_prompt_len, new.response_len, new.norm_scores) == (16, 32, True)
-    assert (given.max_prompt_len, given.response_len, given.norm_scores) == (256, 128, False)
-
-
-NUMBERS = [x.name for x in fields(Args) if x.name != "seed" and re.match(
-    "int|float", str(getattr(x.type, "__name__", x.type)))]
-
-
-@pytest.mark.parametrize(("changes", "message"), [  # None: the last flag and its value
-    *(({flag: x}, None) for flag in NUMBERS for x in (-1, math.nan)),
-    *(({flag: x}, None) for flag, x in [
-        ("gamma", 1.5), ("gae_lambda", 1.01), ("temperature", 0.0), ("learning_rate", 0.0),
-        ("kl_coef", math.inf), ("response_len", 0), ("batch_size", 0), ("reward_epochs", 0),
-        ("num_reward_models", 0), ("total_episodes", 12), ("dataset", "nowhere.jsonl"),
-        ("dataset", "rewards.py"), ("dataset", "bytes.parquet"), ("sft_dataset", "nowhere.jsonl"),
-        ("policy_model", "nowhere"), ("policy_model", "reward_model"), ("policy_model", "no_eos"),
-        ("policy_model", "more_tokens"), ("policy_model", "."), ("resume", "runs/nowhere"),
-        ("run_name", "existing"), *([] if torch.cuda.is_available() else [("device", "cuda")])]),
-    *((ALONE | {"reward_model": x}, None) for x in [
-        ("nowhere",), ("policy",), ("two_outputs",), ("reward_model", "nowhere"),
-        ("reward_model", "policy"), ("pairs.jsonl",)]),
-    *((FUNCTION | {"reward_fn": x}, None) for x in [
-        "nowhere.py:f", "rewards.py", "rewards.py:missing", "broken.py:f"]),
-    *((x | {"num_reward_models": 2}, None) for x in (FUNCTION, ALONE | MODEL)),
-    (FUNCTION | {"reward_model": ("policy",)}, None),
-    ({"kl_coef": 0.0, "kl_target": 1.0}, None),
-    ({"batch_size": 6, "total_episodes": 18}, "--batch-size 6, that one of --minibatch-size 4"),
-    ({"kl_in": "loss"}, "--kl-in loss with --kl-estimator k1"),
-    ({"policy_model": None}, "--dataset pairs.jsonl with --sft-epochs 1 needs a --policy-model"),
-    (ALONE | {"dataset": "reviews", "policy_model": None}, "--sft-epochs 0"),
-    ({"response_len": 100}, "--max-prompt-len 4 + --response-len 100"),
-    ({"dataset": "columns.jsonl"}, "it has columns question, reply"),
-    ({"sft_dataset": "columns.jsonl"}, "it has columns question, reply"),
-    ({"dataset_split": "test"}, "test"),
-    ({"dataset": "prompts.jsonl"}, "--dataset prompts.jsonl has no demonstrations"),
-    (FUNCTION | {"dataset": "prompts.jsonl", "ptx_coef": 1.0}, "has no demonstrations"),
-    (ALONE | {"dataset": "prompts.jsonl"}, "--dataset prompts.jsonl has no comparisons"),
-    *((FUNCTION | {"reward_fn": f"rewards.py:{name}"}, f"rewards.py:{name} cannot be used ({why}")
-      for name, why in [("raises", "ZeroDivisionError: division by zero"), ("wrong_type", ""),
-                        ("wrong_count", "it returned 1 scores for 2 responses"),
-                        ("not_a_number", "it returned nan for '"), ("asks_for_more", "")])])
-def test_bad_input_is_refused_before_training_in_one_sentence_that_names_it(
-    changes, message, capsys
-):
-    *_, (flag, value) = changes.items()
-    value = value[-1] if isinstance(value, tuple) else value
-    message = message or f"--{flag.replace('_', '-')} {value} "
-    before = set(Path("runs").rglob("*"))
-    with pytest.raises(SystemExit) as end:
-        main(replace(STAGES, **{"run_name": "refused"} | changes))
-    line, = [x for x in capsys.readouterr().err.splitlines() if x.startswith("ppo_rlhf.py: ")]
-    assert end.value.code == 2 and message in line and line.endswith(".")
-    assert "Traceback" not in line and set(Path("runs").rglob("*")) == before

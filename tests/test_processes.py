@@ -7,14 +7,13 @@ Run: python -m pytest tests/test_processes.py (25 seconds)
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from conftest import make_lm, make_reward_model, make_tokenizer, save
+from conftest import TINY, make_lm, make_reward_model, make_tokenizer, read_metrics, save
 from safetensors.torch import load_file
 
 from ppo_rlhf import Args, main
@@ -49,11 +48,12 @@ RUNS = {
              "kl_estimator": "k3", "ent_coef": 0.1},
     # The embedded task. For 501 comparisons 2 · 501 responses are sampled, 1000 at a time.
     "reviews": {"dataset": "reviews", "policy_model": None, "sft_epochs": 1, "response_len": 8,
-                "sft_dataset": "reviews.jsonl", "num_comparisons": 501,
-                "reward_learning_rate": 1e-4},
+                "sft_dataset": "reviews.jsonl", "num_comparisons": 501, "batch_size": 40,
+                "minibatch_size": 40, "total_episodes": 120, "reward_learning_rate": 1e-4},
     "fails": {"reward_fn": "rewards.py:fails_in_process_1"},
 }
 COMPLETED = list(RUNS)[:-1]
+NUM_PROCESSES = {name: 3 if name == "reviews" else 2 for name in RUNS}
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +77,11 @@ def places(tmp_path_factory, pairs_file):
 
 def settings(output_dir):
     """Runs of 3 iterations of 10 responses."""
-    usual = Args(
-        dataset="pairs.jsonl", policy_model="policy", sft_epochs=0, total_episodes=30,
-        batch_size=10, minibatch_size=5, update_epochs=2, response_len=6, max_prompt_len=4,
-        eval_prompts=5, learning_rate=1e-4, temperature=0.9, device="cpu", output_dir=output_dir)
-    return [replace(usual, run_name=name, **changes) for name, changes in RUNS.items()]
+    usual = TINY | {
+        "dataset": "pairs.jsonl", "policy_model": "policy", "sft_epochs": 0, "total_episodes": 30,
+        "batch_size": 10, "minibatch_size": 5, "eval_prompts": 5, "learning_rate": 1e-4,
+        "sft_learning_rate": None, "temperature": 0.9, "output_dir": output_dir}
+    return [Args(**usual | {"run_name": name} | changes) for name, changes in RUNS.items()]
 
 
 @pytest.fixture(scope="module")
@@ -89,33 +89,24 @@ def one_process(places):
     """The folder of all runs but the one that fails, made in this process."""
     with pytest.MonkeyPatch.context() as context:
         context.chdir(places)
-        for args in settings("1")[:-1]:
+        for args in settings("one")[:-1]:
             main(args)
-    return places / "1"
+    return places / "one"
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def processes(request, places, one_process):
-    """The folder of the same runs, made by 2 and by 3 processes, and the finished torchrun."""
-    for path in places.glob("calls*.jsonl"):
-        path.unlink()
-    many = [asdict(args) for args in settings(str(request.param))]
-    (places / "settings.json").write_text(json.dumps(many))
-    with socket.socket() as free:  # the system chooses a port that nobody uses
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={request.param}",
-         f"--master-port={port}", Path(__file__).with_name("run_many.py"), "settings.json"],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, cwd=places,
-        text=True, capture_output=True, timeout=300)
-    return places / str(request.param), done
-
-
-def read_rows(path):
-    """The rows of a jsonl file, without times."""
-    return [{key: x for key, x in json.loads(line).items() if "perf" not in key}
-            for line in path.read_text().splitlines()]
+@pytest.fixture(scope="module")
+def processes(places):
+    """The folder of the same runs, made by 2 or 3 processes, and what these had to say."""
+    said = {}
+    for num in (2, 3):
+        many = [asdict(x) for x in settings("many") if NUM_PROCESSES[x.run_name] == num]
+        (places / "settings.json").write_text(json.dumps(many))
+        said[num] = subprocess.run(  # --standalone: at a port that nobody uses
+            [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num}",
+             "--standalone", Path(__file__).with_name("run_many.py"), "settings.json"],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, cwd=places,
+            text=True, capture_output=True, timeout=300)
+    return places / "many", said
 
 
 @pytest.mark.parametrize("name", COMPLETED)
@@ -123,24 +114,25 @@ def test_all_stages_end_with_weights_metrics_and_answers_of_one_process(
     one_process, processes, name
 ):
     one, other = one_process / name, processes[0] / name
-    assert (other / "before_after.jsonl").exists(), processes[1].stderr
+    assert (other / "before_after.jsonl").exists(), processes[1][NUM_PROCESSES[name]].stderr
     for path in one.glob("*/model.safetensors"):
         mine, its = load_file(path), load_file(other / path.parent.name / path.name)
         assert mine.keys() == its.keys()
         assert max((mine[x] - its[x]).abs().max().item() for x in mine) < 1e-5, path
-    metrics = read_rows(other / "metrics.jsonl")
+    expected, metrics = (read_metrics(Args(output_dir=x.parent, run_name=name))
+                         for x in (one, other))
     assert [row["iteration"] for row in metrics] == [1, 2, 3]  # each once
-    for row, expected in zip(metrics, read_rows(one / "metrics.jsonl"), strict=True):
-        assert row == pytest.approx(expected, rel=1e-5, abs=1e-5)
-    responses = [[row["ppo"]["response"] for row in read_rows(x / "before_after.jsonl")]
-                 for x in (one, other)]
-    assert responses[0] == responses[1]
+    for row, its in zip(metrics, expected, strict=True):
+        assert row == pytest.approx(its, rel=1e-5, abs=1e-5)
+    responses, others = ([json.loads(row)["ppo"]["response"] for row in (
+        x / "before_after.jsonl").read_text().splitlines()] for x in (one, other))
+    assert responses == others
 
 
 def test_each_process_scores_its_share_of_the_rows(processes, places):
     shares = [list(map(json.loads, path.read_text().splitlines()))
               for path in sorted(places.glob("calls?.jsonl"))]
-    assert len(shares) == int(processes[0].name)
+    assert len(shares) == NUM_PROCESSES["shared"]
     # The last calls are those of the three iterations and of the evaluation after them. The first
     # pass over the 27 prompts ends in iteration 3.
     for rows in zip(*(share[-4:-2] for share in shares), strict=True):
@@ -149,6 +141,6 @@ def test_each_process_scores_its_share_of_the_rows(processes, places):
 
 
 def test_a_process_that_fails_ends_the_others_and_says_why(processes):
-    folder, done = processes
-    assert done.returncode != 0 and "the judge has left" in done.stderr
-    assert not (folder / "fails" / "before_after.jsonl").exists()
+    folder, said = processes
+    assert said[2].returncode != 0 and "the judge has left" in said[2].stderr
+    assert said[3].returncode == 0 and not (folder / "fails" / "before_after.jsonl").exists()

@@ -64,20 +64,22 @@ def test_the_lines_of_part_1_and_of_the_functions_that_it_counts():
                     and not x.strip().startswith("check_same_shape")])
 
     four = ["token_rewards", "gae", "policy_loss", "value_loss"]
-    more = ["masked_mean", "masked_whiten", "logprobs_and_entropy", "kl_penalty", "states",
-            "logits", "forward", "sample_tokens", "sample_responses", "collect_rollout",
-            "compute_advantages", "ppo_loss", "train_step", "update_policy", "train_ppo"]
+    more = ["masked_mean", "masked_whiten", "kl_penalty", "states", "output_layer", "logits",
+            "forward", "chunked_logprobs", "sample_tokens", "collect_rollout",
+            "compute_advantages", "ppo_loss", "accumulate_gradients", "optimizer_step",
+            "update_policy", "train_ppo"]
     said = re.search(r"have (\d+) lines of code.*?it\s+is (\d+)\.", README, re.S)
     assert [int(x) for x in said.groups()] == [sum(map(size, four)), sum(map(size, four + more))]
 
 
 def test_the_lines_of_each_section_are_right():
     lines = Path(ppo_rlhf.__file__).read_text().splitlines()
-    heads = ("The PPO math", "The policy: ", "Rollout: ", "Scores: ", "Part II: ")
+    heads = ("The PPO math", "Settings ", "The policy: ", "One iteration: ", "The update: ",
+             "Stages 1 and 2: ", "Part II: ")
     starts = [1, *(next(i for i, line in enumerate(lines, 1) if line.startswith(f"# {head}"))
                    for head in heads)]
-    starts[-1] -= 1  # a rule stands above that heading
-    said = re.findall(r"^\| .* \| (\d+)-(\d+) \| \d+ \|", README, re.M)
+    starts[-2:] = [x - 1 for x in starts[-2:]]  # a rule stands above these headings
+    said = re.findall(r"^\| .* \| (\d+)-(\d+) \|", README, re.M)
     assert [(int(x), int(y)) for x, y in said] == [
         (x, y - 1) for x, y in itertools.pairwise(starts)]
 
@@ -132,7 +134,9 @@ def test_its_reward_functions_do_what_they_say():
     code = {}
     for block in re.findall(r"```python\n(.*?)```", README, re.S):
         if "def " in block:
-            exec(block, code)
+            exec(re.sub(r"judge = .*|from transformers.*", "", block), code)
+    code["judge"] = lambda pairs, truncation: [{"score": len(x["text_pair"])} for x in pairs]
+    assert code["deberta"](["p", "q"], ["ab", "c"]) == [2, 1]
     code["ask"] = lambda questions: [str(len(x.splitlines())) for x in questions]
     assert code["judged"](["p", "q"], ["a", "b"]) == [4.0, 4.0]
     assert code["correct"](["17 + 5 =", "1 + 1 ="], ["It is 22", "3"]) == [1.0, 0.0]
@@ -143,45 +147,37 @@ def test_its_reward_functions_do_what_they_say():
 def test_talking_to_the_policy_takes_three_lines(tmp_path, monkeypatch, capsys):
     args = ppo_rlhf.resolve_args(ppo_rlhf.Args(device="cpu"))
     (tmp_path / "runs" / "NAME").mkdir(parents=True)
-    ppo_rlhf.save_model(tmp_path / "runs/NAME/policy", ppo_rlhf.load_policy(None, args))
+    policy = ppo_rlhf.load_policy(None, args)
+    ppo_rlhf.save_model(tmp_path / "runs/NAME/policy", policy.lm, policy.tokenizer)
     monkeypatch.chdir(tmp_path)
-    block, = (x for x in re.findall(r"```python\n(.*?)```", README, re.S) if "pipeline" in x)
+    block, = (x for x in re.findall(r"```python\n(.*?)```", README, re.S) if "generation" in x)
     exec(block, {})
     assert len(capsys.readouterr().out.split()) > 1
+
+
+def golds():
+    """Of each run: kl_coef, seed, gold over the iterations."""
+    return [(x["kl_coef"], x["seed"], x["curves"]["rollout/gold"])
+            for x in result("reward_hacking")["runs"]]
 
 
 def test_the_table_of_results_is_what_the_raw_results_say():
     results = result("reward_hacking")
     assert len(results["runs"]) == 9 and {"cpu", "torch"} <= set(results["hardware"])
-    for run in results["runs"]:
-        tenth = len(run["episodes"]) // 10
-        gold = run["curves"]["rollout/gold_mean"]
-        after = sum(gold[-tenth:]) / tenth
-        line = f"| {run['kl_coef']:g} | {run['seed']} | {gold[0]:.2f} → {after:.2f} |"
+    for kl_coef, seed, gold in golds():
+        best, last = max(gold), statistics.mean(gold[-10:])
+        episodes = 128 * (1 + gold.index(best))
+        line = f"| {kl_coef:g} | {seed} | {gold[0]:.2f} → {last:.2f} | {best:.2f}, {episodes:,} |"
         assert line.replace("-", "−") in LONG, line
-        before, after = re.search(r"perplexity +([\d.]+) +([\d.]+)", run["table"]).groups()
-        best = max(gold)
-        ending = f"| {best:.2f}, {run['episodes'][gold.index(best)]:,} | {float(after):.1f} |"
-        assert ending in LONG and f"{float(before):.1f}" == "3.4", ending
 
 
 def test_what_it_says_of_reward_hacking_is_what_the_raw_results_say():
-    found = {}
-    for run in result("reward_hacking")["runs"]:
-        gold = run["curves"]["rollout/gold_mean"]
-        after = float(re.search(r"perplexity +[\d.]+ +([\d.]+)", run["table"])[1])
-        found.setdefault(run["kl_coef"], []).append(
-            (max(gold), run["episodes"][gold.index(max(gold))], sum(gold[-10:]) / 10, after))
-    peaks, places, ends, _ = zip(*found[0.0], strict=True)
+    hacked = [gold for kl_coef, _, gold in golds() if kl_coef == 0]
+    peaks, ends = [max(x) for x in hacked], sorted(statistics.mean(x[-10:]) for x in hacked)
     text = " ".join(README.split())
-    assert f"gold peaks at {min(peaks):.2f} to {max(peaks):.2f}, after a tenth" in text
-    assert set(places) == {1280}  # of 12,800
-    assert [round(x) for x in sorted(ends)[:2]] == [-2, -2]
-    assert f"the third ends at {max(ends):.2f}" in text
-    for kl_coef, words in ((0.0, "{} to {} without the KL"), (0.2, "it is {} to {}. (`reward_h"),
-                           (0.05, "With the default kl_coef it is {} to {}.")):
-        taxes = [x[3] for x in found[kl_coef]]
-        assert words.format(f"{min(taxes):.1f}", f"{max(taxes):.1f}") in text, words
+    assert f"gold peaks at {min(peaks):.2f} to {max(peaks):.2f}" in text
+    assert all(x.index(max(x)) < 20 for x in hacked)  # of 50 iterations
+    assert f"end at {', '.join(f'{x:.2f}' for x in ends)}".replace("-", "−") in text
 
 
 def test_the_tables_of_control_tasks_are_what_the_raw_results_say():
@@ -294,20 +290,19 @@ def test_control_tasks_reach_what_cleanrl_published_within_its_spread():
 
 
 def test_the_default_run_meets_its_goals_on_every_seed():
-    results = result("reward_hacking")
+    runs = result("reward_hacking")["runs"]
     last = {(run["kl_coef"], run["seed"]): {
-        key: sum(curve[-10:]) / 10 for key, curve in run["curves"].items()
-    } for run in results["runs"]}
-    for run in results["runs"]:
-        first = {key: curve[0] for key, curve in run["curves"].items()}
-        end, seed = last[run["kl_coef"], run["seed"]], run["seed"]
-        assert first["rollout/gold_mean"] <= 0 and abs(run["worst_ratio_first"] - 1) < 1e-5
+        key: statistics.mean(curve[-10:]) for key, curve in run["curves"].items()} for run in runs}
+    for run in runs:
+        seed, gold = run["seed"], run["curves"]["rollout/gold"]
+        assert gold[0] <= 0.1 and run["max_log_ratio_first"] <= 1e-5
         if run["kl_coef"] == 0.05:
-            assert end["rollout/gold_mean"] >= 1.3 and end["rollout/kl"] <= 8
-            assert end["rollout/grammatical"] >= 0.9
+            end = last[0.05, seed]
+            assert end["rollout/gold"] >= 1.5 and end["rollout/kl"] <= 6
+            assert end["rollout/grammatical"] >= 0.89
         if run["kl_coef"] == 0:  # hacked: the score is higher, and gold is lost again
-            assert end["rollout/gold_mean"] < max(run["curves"]["rollout/gold_mean"]) - 0.5
-            assert end["rollout/gold_mean"] < last[0.05, seed]["rollout/gold_mean"] - 0.5
-            assert end["rollout/score_mean"] > last[0.05, seed]["rollout/score_mean"]
-    golds = [end["rollout/gold_mean"] for (kl_coef, _), end in last.items() if kl_coef == 0.05]
-    assert statistics.mean(golds) >= 1.6
+            end = last[0.0, seed]
+            assert end["rollout/gold"] < max(gold) - 0.2
+            assert end["rollout/gold"] < last[0.05, seed]["rollout/gold"] - 0.4
+            assert end["rollout/score"] > last[0.05, seed]["rollout/score"]
+    assert statistics.mean(last[0.05, seed]["rollout/gold"] for seed in (1, 2, 3)) >= 1.6

@@ -13,35 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import (
-    FAMILIES,
-    make_lm,
-    make_policy,
-    make_reward_model,
-    make_tokenizer,
-    run,
-    save,
-)
+from conftest import FAMILIES, make_lm, make_policy, make_reward_model, make_tokenizer, run, save
 from safetensors.torch import load_file, save_file
 
-from ppo_rlhf import (
-    Args,
-    Critic,
-    Data,
-    Rollout,
-    Scorer,
-    collect_rollout,
-    compute_advantages,
-    decode,
-    encode,
-    load_policy,
-    load_reward_fn,
-    load_reward_model,
-    make_critic,
-    sample_tokens,
-    try_models,
-    update_policy,
-)
+import ppo_rlhf as ppo
 
 PROMPTS = ["the", "plot was dull good", "bad a"]  # ids 4 | 5 6 7 8 | 9 10
 RESPONSES = [" b c", " d", " . , the plot"]  # 11 12 EOS | 13 EOS | 14 15 4 5, cut before its EOS
@@ -91,13 +66,12 @@ def own_logprobs(lm, prompt, response, temperature, num_words):
 
 def with_critic(policy, trunk=None):
     """A critic that adds up the hidden state, so that values are not all equal."""
-    policy.critic = Critic(policy.lm.get_output_embeddings().in_features, trunk)
+    policy.critic = ppo.Critic(policy.lm.get_output_embeddings().in_features, trunk)
     policy.critic.head.weight.data[:], policy.critic.head.bias.data[:] = 1.0, 0.0
     return policy
 
 
 # One padded row ----------------------------------------------------------------------------------
-
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def models(request, folder):
@@ -111,21 +85,15 @@ def models(request, folder):
 @pytest.fixture(scope="module")
 def batch():
     """Three prompts padded on the left, three responses padded on the right."""
-    return encode(make_policy(response_len=4), ROWS, "chosen")
-
-
-def test_a_batch_of_demonstrations_by_hand(batch):
-    ids = [[0, 0, 0, 4, 11, 12, 1, 0], [5, 6, 7, 8, 13, 1, 0, 0], [0, 0, 9, 10, 14, 15, 4, 5]]
-    assert batch.sequence_ids.tolist() == ids and batch.ended.tolist() == [True, True, False]
-    assert torch.equal(batch.sequence_mask, batch.sequence_ids > 0)  # PAD is 0
-    assert torch.equal(batch.response_mask, batch.sequence_mask[:, 4:])
+    return ppo.encode(make_policy(response_len=4), ROWS, "chosen")
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_ragged_rows_are_read_as_the_unpadded_model_reads_them(models, batch, checkpointing):
-    policy = with_critic(load_policy(models[0], args_of(gradient_checkpointing=checkpointing)))
+    policy = with_critic(ppo.load_policy(models[0], args_of(gradient_checkpointing=checkpointing)))
     logprobs, values, entropies = policy.train(checkpointing)(batch, 0.7, with_entropies=True)
     assert torch.allclose(policy(batch, 0.7)[0], logprobs, atol=1e-5)
+    assert all((x[~batch.response_mask] == 0).all() for x in (logprobs, values, entropies))
     policy.eval()
     for i, real in enumerate(batch.response_mask):
         ids = real_ids(batch, i)
@@ -140,10 +108,10 @@ def test_ragged_rows_are_read_as_the_unpadded_model_reads_them(models, batch, ch
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_separate_critic_starts_as_the_score_of_the_text_so_far(models, batch, checkpointing):
     args = args_of(gradient_checkpointing=checkpointing, critic="separate")
-    policy, reward_model = load_policy(models[0], args), load_reward_model(models[1], args)
-    scorer = Scorer([reward_model], args)
+    policy, reward_model = ppo.load_policy(models[0], args), ppo.load_reward_model(models[1], args)
+    scorer = ppo.Scorer([reward_model], args)
     scorer.offset, scorer.scale = torch.tensor([[0.5]]), torch.tensor([[2.0]])
-    policy.critic = make_critic(policy, scorer, 7.0, args)
+    policy.critic = ppo.make_critic(policy, scorer, 7.0, args)
     _, values, _ = policy.train(checkpointing)(batch, 1.0)
     for i in range(3):
         ids, classifier = real_ids(batch, i), reward_model.classifier
@@ -157,42 +125,17 @@ def test_a_separate_critic_starts_as_the_score_of_the_text_so_far(models, batch,
 def test_without_a_reward_model_of_stage_2_the_critic_starts_at_the_mean_return(
         batch, critic, source):
     args, policy = args_of(critic=critic, **source), make_policy(make_lm("GPT2"))
-    policy.critic = make_critic(policy, Scorer([None], args), -1.5, args)
+    policy.critic = ppo.make_critic(policy, ppo.Scorer([None], args), -1.5, args)
     assert (policy(batch, 1.0)[1] == torch.where(batch.response_mask, -1.5, 0)).all()
     policy.critic.head.weight.data[:], policy.critic.head.bias.data[:] = 1.0, 0.0
     shared = with_critic(make_policy(make_lm("GPT2")))  # it reads the trunk of the policy
     assert torch.allclose(policy(batch, 1.0)[1], shared(batch, 1.0)[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("critic", ["shared", "separate"])
-@pytest.mark.parametrize("family", ["GPT2", "Llama", "Qwen3Next"])
-def test_more_padding_on_either_side_changes_nothing(batch, family, critic):
-    policy, pad = make_policy(make_lm(family)), torch.nn.functional.pad
-    with_critic(policy, make_lm(family, seed=1).base_model if critic == "separate" else None)
-    wide = Rollout(pad(batch.sequence_ids, (8, 3), value=9), pad(batch.sequence_mask, (8, 3)),
-                   pad(batch.response_mask, (0, 3)), batch.ended)
-    for narrow, padded in zip(policy(batch, 1.0, True), policy(wide, 1.0, True), strict=True):
-        assert torch.allclose(narrow, padded[:, :4], atol=1e-5)
-        assert (padded[~wide.response_mask] == 0).all()  # behind a response
-
-
-def test_every_number_is_read_one_position_before_its_token():
-    # A log-probability is the table's at (token before, token); the value names the token before.
-    table = torch.randn(16, 16)
-    policy = with_critic(make_policy(table_lm(table)))
-    policy.critic.head.weight.data[0] = torch.arange(16) / 4
-    rows = [{"prompt": "a", "chosen": " d"}, {"prompt": "b c", "chosen": " a"}]
-    logprobs, values, _ = policy(encode(policy, rows, "chosen"), 1.0)
-    table = table.log_softmax(-1)  # 10 | 13 EOS and 11 12 | 10 EOS
-    expected = torch.stack([table[[10, 13], [13, 1]], table[[12, 10], [10, 1]]])
-    assert torch.allclose(logprobs, expected, atol=1e-6)
-    assert values.tolist() == [[10, 13], [12, 10]]
-
-
 def test_log_probability_and_entropy_by_hand():
     policy = make_policy(chain({"the": {"a": 0.9, "b": 0.1},
                                 "a": {"[EOS]": 0.25, "a": 0.25, "b": 0.5}}))
-    batch = encode(policy, [{"prompt": "the", "chosen": " a"}], "chosen")
+    batch = ppo.encode(policy, [{"prompt": "the", "chosen": " a"}], "chosen")
     logprobs, _, entropies = policy(batch, 1.0, with_entropies=True)
     # -log 0.9 = 0.105 is that of the sampled token; -0.9·log 0.9 - 0.1·log 0.1 = 0.325.
     assert logprobs[0].tolist() == pytest.approx([-0.10536, -math.log(4)], abs=1e-5)
@@ -208,7 +151,7 @@ def test_log_probabilities_and_gradients_in_chunks_are_those_of_log_softmax(
     lm.lm_head.bias = torch.nn.Parameter(torch.randn(150_000)) if with_bias else None
     policy, real = make_policy(lm, MANY_WORDS), ids >= 0
     lm.model.to(dtype)
-    found, _, _ = policy(Rollout(ids, real, real[:, 1:], real[:, 0]), 0.7)
+    found, _, _ = policy(ppo.Rollout(ids, real, real[:, 1:], real[:, 0]), 0.7)
     hidden = policy.states(lm.model, ids, real)[:, :-1].float()
     own = (lm.lm_head(hidden) / 0.7).log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     assert found.dtype == torch.float32 and torch.allclose(found, own, atol=1e-5)
@@ -219,7 +162,7 @@ def test_log_probabilities_and_gradients_in_chunks_are_those_of_log_softmax(
 
 
 def test_loaded_models_have_no_dropout_although_their_saved_configs_have(models, batch):
-    for folder, load, read in zip(models, (load_policy, load_reward_model), (
+    for folder, load, read in zip(models, (ppo.load_policy, ppo.load_reward_model), (
             (batch, 1.0), ([record("the", " was")],)), strict=True):
         model = load(folder, args_of()).train()
         saved, loaded = json.loads(Path(folder, "config.json").read_text()), vars(
@@ -237,9 +180,9 @@ def test_bfloat16_changes_the_products_but_returns_float32(batch):
 
 def filled(policy, reference, rows):
     """A rollout with random scores, and its advantages."""
-    rollout = collect_rollout(policy, reference, rows, 0, policy.args)
+    rollout = ppo.collect_rollout(policy, reference, rows, 0, policy.args)
     rollout.scores = torch.randn(len(rows))
-    rollout.advantages, rollout.returns = compute_advantages(rollout, 0.1, policy.args)
+    rollout.advantages, rollout.returns = ppo.compute_advantages(rollout, 0.1, policy.args)
     return rollout
 
 
@@ -247,14 +190,15 @@ def filled(policy, reference, rows):
 def test_gradient_checkpointing_computes_each_layer_once_more_in_the_backward_pass(
         policy_folder, checkpointing):
     args = args_of(gradient_checkpointing=checkpointing, response_len=8, update_epochs=1)
-    policy, passes = with_critic(load_policy(policy_folder, args)), []
+    policy, passes = with_critic(ppo.load_policy(policy_folder, args)), []
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     assert policy.lm.lm_head.weight is policy.lm.transformer.wte.weight  # tied, nothing is missing
     rollout = filled(policy, policy, ROWS)
     policy.lm.transformer.h[0].attn.register_forward_hook(lambda *_: passes.append(1))
-    update_policy(policy, torch.optim.SGD(policy.parameters(), lr=0.0), rollout, 0.1, [], 0, args)
+    ppo.update_policy(policy, optimizer, rollout, 0.1, [], 0, args)
     assert len(passes) == 1 + checkpointing
     # transformers drops the cache of a model that is in train() and checkpoints gradients.
-    again = collect_rollout(policy, None, ROWS, 0, args)
+    again = ppo.collect_rollout(policy, None, ROWS, 0, args)
     assert again.response_mask.sum() > 6
     assert torch.equal(again.sequence_ids, rollout.sequence_ids)
 
@@ -268,8 +212,8 @@ THREE = {"the": {"was": 0.25, "dull": 0.25, "bad": 0.5}}  # other tokens stand b
 def first_ids(policy, noise, temperature=1.0):
     """The ids that follow "the" (id 4), one for each number of noise."""
     ids = torch.full((len(noise), 1), 4)
-    prompts = Rollout(ids, ids > 0, ids[:, :0] > 0, ids[:, 0] < 0)
-    return sample_tokens(policy, prompts, torch.as_tensor(noise)[:, None],
+    prompts = ppo.Rollout(ids, ids > 0, ids[:, :0] > 0, ids[:, 0] < 0)
+    return ppo.sample_tokens(policy, prompts, torch.as_tensor(noise)[:, None],
                          temperature).sequence_ids[:, 1]
 
 
@@ -284,17 +228,6 @@ def test_a_uniform_number_selects_the_token_in_whose_interval_it_falls(
         rows, temperature, noise, words):
     policy = make_policy(chain(rows))
     assert policy.tokenizer.decode(first_ids(policy, noise, temperature)) == words
-
-
-def test_a_hundred_thousand_draws_follow_softmax_of_logits_over_temperature():
-    torch.manual_seed(0)
-    table = torch.randn(16, 20)
-    table[4, 16:] = 9.0  # ids that the tokenizer has no text for would be the favourites
-    drawn = first_ids(make_policy(table_lm(table)), torch.rand(100_000), temperature=0.7)
-    observed = drawn.bincount(minlength=20) / 100_000
-    assert (observed[16:] == 0).all()
-    expected = (table[4, :16] / 0.7).softmax(-1)
-    assert (observed[:16] - expected).abs().sum() / 2 < 0.01  # total variation
 
 
 @pytest.mark.parametrize(("noise", "drawn"), [(0.0, 0), (1 - 2**-24, 15)])
@@ -321,7 +254,7 @@ def test_a_rollout_with_a_cache_has_the_tokens_and_logprobs_of_the_unpadded_mode
     policy, reference = (make_policy(  # id 16 has no text, and only EOS, which is PAD, ends
         make_lm(family, seed, vocab_size=17), make_tokenizer(pad_token=None), response_len=20,
         temperature=2.0) for seed in (10, 3))
-    rows = collect_rollout(policy, reference, ROWS * 4, 0, policy.args)
+    rows = ppo.collect_rollout(policy, reference, ROWS * 4, 0, policy.args)
     noise = torch.rand(12, 20, generator=torch.Generator().manual_seed(0))
     lens = rows.response_mask.sum(dim=1)
     assert lens.min() < 8 and lens.max() == 20  # some rows end while others go on
@@ -338,14 +271,7 @@ def test_a_rollout_with_a_cache_has_the_tokens_and_logprobs_of_the_unpadded_mode
 
 def sample(policy, prompts, seed=0):
     """Sampled responses to prompts."""
-    return collect_rollout(policy, None, [{"prompt": x} for x in prompts], seed, policy.args)
-
-
-def test_the_seed_decides_the_responses_and_each_row_has_its_own():
-    policy = make_policy()
-    first, same, other = (sample(policy, PROMPTS * 4, seed).sequence_ids for seed in (0, 0, 1))
-    assert torch.equal(first, same) and not torch.equal(first, other)
-    assert len(first[::3].unique(dim=0)) > 2  # equal prompts have responses of their own
+    return ppo.collect_rollout(policy, None, [{"prompt": x} for x in prompts], seed, policy.args)
 
 
 ENDINGS = {"a": {"b": 1.0}, "b": {"[EOS]": 1.0}, "c": {"c": 1.0}}  # b, then EOS; c for ever
@@ -378,7 +304,7 @@ def test_generate_of_the_saved_policy_samples_what_ppo_trained(tmp_path):
     lm.generation_config.update(eos_token_id=[1, 2, 5], do_sample=True, top_p=0.3,
                                 repetition_penalty=2.0)
     folder = save(tmp_path, lm, make_tokenizer())
-    load_policy(folder, args_of(temperature=0.5)).lm.save_pretrained(tmp_path / "saved")
+    ppo.load_policy(folder, args_of(temperature=0.5)).lm.save_pretrained(tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
     assert config["do_sample"] and config["temperature"] == 0.5
     assert config["top_p"] == 1.0 and config["top_k"] == 0 and "repetition_penalty" not in config
@@ -392,11 +318,11 @@ def test_before_the_first_step_the_ratio_is_one_and_the_kl_zero(family, microbat
     # The integration test that matters most.
     folder = save(tmp_path, make_lm(family), make_tokenizer())
     args = args_of(temperature=0.7, response_len=8, microbatch_size=8, update_epochs=1)
-    policy, reference = with_critic(load_policy(folder, args)), load_policy(folder, args)
+    policy, reference = with_critic(ppo.load_policy(folder, args)), ppo.load_policy(folder, args)
     rollout = filled(policy, reference, ROWS * 8)
     args = replace(args, microbatch_size=microbatch_size, minibatch_size=24)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    stats = update_policy(policy, optimizer, rollout, 0.1, [], 0, args)
+    stats = ppo.update_policy(policy, optimizer, rollout, 0.1, [], 0, args)
     assert stats["log_ratio_max"] < 1e-5 and stats["clipfrac"] == 0
     assert abs(stats["approx_kl"]) < 1e-6
     assert (rollout.old_logprobs - rollout.ref_logprobs).abs().max() < 1e-5
@@ -422,7 +348,7 @@ def chat_tokenizer(chat_template, bos):
 def load_rm(folder, tokenizer, classifier=None):
     """A reward model that was saved and loaded: a small Llama unless it is another."""
     classifier = classifier or make_reward_model(vocab_size=24)
-    return load_reward_model(save(folder, classifier, tokenizer), args_of())
+    return ppo.load_reward_model(save(folder, classifier, tokenizer), args_of())
 
 
 def record(prompt, response, ended=True):
@@ -437,13 +363,8 @@ def read_by(reward_model, prompt, response, ended=True):
 
 
 @pytest.mark.parametrize(("template", "bos", "prompt", "text", "closing"), [
-    (None, False, "the plot", "the plot was good", " [EOS]"),
     (None, False, [USER], "Human : the plot Assistant : was good", " [EOS]"),
-    (MARKED, False, "the plot", "the plot was good", " [EOS]"),
-    (MARKED, False, [USER], "<user> the plot [END] <bot> was good", " [END]"),
-    (MARKED, True, "the plot", "<s> the plot was good", " [EOS]"),  # <s> is there exactly once
-    (MARKED, True, "<s> the plot", "<s> the plot was good", " [EOS]"),
-    (MARKED, True, [USER], "<s> <user> the plot [END] <bot> was good", " [END]"),
+    (MARKED, True, "<s> the plot", "<s> the plot was good", " [EOS]"),  # <s> is there exactly once
     ("<s>" + MARKED, True, [USER], "<s> <user> the plot [END] <bot> was good", " [END]"),
 ])
 def test_a_reward_model_reads_its_template_and_a_closing_marker_if_the_response_has_ended(
@@ -472,12 +393,16 @@ def test_a_score_does_not_depend_on_the_texts_beside_it(tmp_path, family):
     assert len(alone.unique()) == 3
 
 
-@pytest.mark.parametrize("in_config", [None, 0, 1, -1])  # early Llamas have -1, which is no PAD
-@pytest.mark.parametrize("in_tokenizer", ["[PAD]", "[EOS]", None])
+PADS = pytest.mark.parametrize(("in_tokenizer", "in_config"), [
+    # Early Llamas have -1, which is no PAD.
+    (x, y) for x in ("[PAD]", "[EOS]", None) for y in (None, 0, 1, -1)])
+
+
+@PADS
 def test_our_reward_model_reads_the_eos_even_where_pad_is_eos(in_tokenizer, in_config, tmp_path):
     lm = make_lm(pad_token_id=in_config)
     folder = save(tmp_path, lm, make_tokenizer(pad_token=in_tokenizer))
-    reward_model = load_reward_model(folder, args_of(), new_head=True)
+    reward_model = ppo.load_reward_model(folder, args_of(), new_head=True)
     scores = reward_model([record("the plot", " was"), record("the plot", " was", ended=False),
                            record("the plot", " was a b c d")])
     hidden = lm.base_model(torch.tensor([[4, 5, 6, 1]])).last_hidden_state[0]
@@ -485,8 +410,7 @@ def test_our_reward_model_reads_the_eos_even_where_pad_is_eos(in_tokenizer, in_c
     assert torch.allclose(scores[:2], expected, atol=1e-5) and scores[0] != scores[1]
 
 
-@pytest.mark.parametrize("in_config", [None, 0, 1, -1])
-@pytest.mark.parametrize("in_tokenizer", ["[PAD]", "[EOS]", None])
+@PADS
 def test_a_given_reward_model_keeps_the_pad_of_its_config(in_tokenizer, in_config, tmp_path):
     classifier = make_reward_model(pad_token_id=in_config)  # with PAD 1 it is blind to EOS
     reward_model = load_rm(tmp_path, make_tokenizer(pad_token=in_tokenizer), classifier)
@@ -506,19 +430,19 @@ def test_the_tokens_that_a_reward_function_gets_join_to_the_response(tmp_path):
     tokenizer.decoder = decoders.ByteLevel()
     folder = save(tmp_path, make_lm(vocab_size=258), transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="[EOS]"))
-    policy = load_policy(folder, args_of(response_len=8, policy_model=folder))
+    policy = ppo.load_policy(folder, args_of(response_len=8, policy_model=folder))
     rows = [{"prompt": "a", "chosen": " né☺"}, {"prompt": "a", "chosen": " né☺ é☺"}]
-    records = decode(policy, encode(policy, rows, "chosen"), rows)
+    records = ppo.decode(policy, ppo.encode(policy, rows, "chosen"), rows)
     (tmp_path / "f.py").write_text("def f(prompts, responses, tokens):\n"
                                    "    assert [''.join(x) for x in tokens] == [\n"
                                    "        responses[0] + '[EOS]', responses[1]]\n"
                                    "    return [[len(x) for x in row] for row in tokens]\n")
-    lens = load_reward_fn(f"{tmp_path}/f.py:f", policy.args)(records)
+    lens = ppo.load_reward_fn(f"{tmp_path}/f.py:f", policy.args)(records)
     assert [x["response"] for x in records] == [" né☺", " né☺ "]  # the second is cut at its limit
     assert lens.tolist() == [[1, 1, 0, 1, 0, 0, 1, 5], [1, 1, 0, 1, 0, 0, 1, 1]]
 
 
-TRIAL = Data([{"prompt": [USER]}], [], [], held_out=Data([], [], []))
+TRIAL = ppo.Data([{"prompt": [USER]}], [], [], held_out=ppo.Data([], [], []))
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -542,7 +466,7 @@ def test_a_model_that_cannot_be_used_is_refused_in_one_sentence(
         save_file(weights, path, {"format": "pt"})
     given = {flag: folder if flag == "policy_model" else (folder,)}
     with pytest.raises(SystemExit) as end:
-        try_models(TRIAL, replace(args_of(), **({"policy_model": policy_folder} | given)))
+        ppo.try_models(TRIAL, replace(args_of(), **({"policy_model": policy_folder} | given)))
     message = capsys.readouterr().err.strip().split("\n")[-1]
     assert end.value.code == 2 and reason in message and message.endswith(".")
     assert message.startswith(f"ppo_rlhf.py: --{flag.replace('_', '-')} {folder} cannot be used (")
@@ -550,18 +474,17 @@ def test_a_model_that_cannot_be_used_is_refused_in_one_sentence(
 
 def test_the_trial_shows_how_the_reward_model_reads_an_answer(tmp_path, policy_folder, capsys):
     folder = save(tmp_path, make_reward_model(vocab_size=24), chat_tokenizer(MARKED, bos=False))
-    try_models(TRIAL, replace(args_of(), policy_model=policy_folder, reward_model=(folder,)))
+    ppo.try_models(TRIAL, replace(args_of(), policy_model=policy_folder, reward_model=(folder,)))
     assert "reward input '<user> the plot [END] <bot> " in capsys.readouterr().out
 
 
 # Scores and metrics ------------------------------------------------------------------------------
 
-
 def test_an_ensemble_scores_the_mean_minus_coef_times_the_standard_deviation():
     sources = [lambda records, x=x: torch.tensor(x) for x in ([1.0, 10.0], [3.0, 20.0])]
-    scores, std = Scorer(sources, args_of(ensemble_coef=0.5))([{}, {}])
+    scores, std = ppo.Scorer(sources, args_of(ensemble_coef=0.5))([{}, {}])
     assert std.tolist() == [1.0, 5.0] and scores.tolist() == [1.5, 12.5]
-    alone, none = Scorer(sources[:1], args_of())([{}, {}])
+    alone, none = ppo.Scorer(sources[:1], args_of())([{}, {}])
     assert alone.tolist() == [1.0, 10.0] and none.tolist() == [0.0, 0.0]
 
 
@@ -572,7 +495,7 @@ def run_chain(folder, rows, scores, **settings):
     (folder / "f.py").write_text(f"def f(prompts, _):\n    return [{scores}[x] for x in prompts]")
     policy = save(folder / "policy", chain(rows), make_tokenizer())
     source = {} if "reward_model" in settings else {"reward_fn": f"{folder}/f.py:f"}
-    return run(Args(
+    return run(ppo.Args(
         dataset=str(folder / "data.jsonl"), policy_model=policy, sft_epochs=0, eval_prompts=0,
         max_prompt_len=4, response_len=4, learning_rate=1e-9, device="cpu", run_name="run",
         output_dir=str(folder), **source, **({"total_episodes": 2, "batch_size": 1,
@@ -595,7 +518,8 @@ def test_scores_are_normalised_on_responses_of_the_sft_policy(tmp_path, values, 
 def test_each_model_of_an_ensemble_is_normalised_by_itself(tmp_path):
     # Of two responses one has score 1 and the other -1: where models disagree, mean 0 and std 1.
     folders = [save(tmp_path / str(i), make_reward_model(seed=i), make_tokenizer()) for i in (0, 1)]
-    raw = [load_reward_model(x, args_of())([record("a", " b"), record("d", " b")]) for x in folders]
+    records = [record("a", " b"), record("d", " b")]
+    raw = [ppo.load_reward_model(x, args_of())(records) for x in folders]
     agree = (raw[0][0] > raw[0][1]) == (raw[1][0] > raw[1][1])
     metrics = run_chain(tmp_path, ENDINGS | {"d": {"b": 1.0}}, {"a": 0, "d": 0},
                         reward_model=tuple(folders))
