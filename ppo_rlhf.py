@@ -1337,6 +1337,8 @@ def load_model(folder: Path | str, kind: str, args: Args, new_head: bool = False
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)  # else old and new log-probabilities would differ
+        if value == "gelu_new":
+            setattr(config, name, "gelu_pytorch_tanh")  # the same function in one kernel
     if (config.pad_token_id or 0) not in range(text_config.vocab_size):
         config.pad_token_id = None  # early Llamas have −1
     model, info = getattr(transformers, f"AutoModel{kind}").from_pretrained(
