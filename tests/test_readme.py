@@ -147,6 +147,7 @@ def test_its_reward_functions_do_what_they_say():
 def test_talking_to_the_policy_takes_three_lines(tmp_path, monkeypatch, capsys):
     args = ppo_rlhf.resolve_args(ppo_rlhf.Args(device="cpu"))
     (tmp_path / "runs" / "NAME").mkdir(parents=True)
+    ppo_rlhf.torch.manual_seed(1)
     policy = ppo_rlhf.load_policy(None, args)
     ppo_rlhf.save_model(tmp_path / "runs/NAME/policy", policy.lm, policy.tokenizer)
     monkeypatch.chdir(tmp_path)
@@ -155,29 +156,28 @@ def test_talking_to_the_policy_takes_three_lines(tmp_path, monkeypatch, capsys):
     assert len(capsys.readouterr().out.split()) > 1
 
 
-def golds():
-    """Of each run: kl_coef, seed, gold over the iterations."""
-    return [(x["kl_coef"], x["seed"], x["curves"]["rollout/gold"])
-            for x in result("reward_hacking")["runs"]]
-
-
-def test_the_table_of_results_is_what_the_raw_results_say():
-    results = result("reward_hacking")
-    assert len(results["runs"]) == 9 and {"cpu", "torch"} <= set(results["hardware"])
-    for kl_coef, seed, gold in golds():
-        best, last = max(gold), statistics.mean(gold[-10:])
-        episodes = 128 * (1 + gold.index(best))
-        line = f"| {kl_coef:g} | {seed} | {gold[0]:.2f} → {last:.2f} | {best:.2f}, {episodes:,} |"
-        assert line.replace("-", "−") in LONG, line
-
-
 def test_what_it_says_of_reward_hacking_is_what_the_raw_results_say():
-    hacked = [gold for kl_coef, _, gold in golds() if kl_coef == 0]
-    peaks, ends = [max(x) for x in hacked], sorted(statistics.mean(x[-10:]) for x in hacked)
-    text = " ".join(README.split())
-    assert f"gold peaks at {min(peaks):.2f} to {max(peaks):.2f}" in text
-    assert all(x.index(max(x)) < 20 for x in hacked)  # of 50 iterations
-    assert f"end at {', '.join(f'{x:.2f}' for x in ends)}".replace("-", "−") in text
+    results, text = result("reward_hacking"), " ".join(README.split()).replace("−", "-")
+    hacked, kept = ([x["curves"]["rollout/gold"] for x in results["runs"] if x["kl_coef"] == y]
+                    for y in (0, 0.05))
+    peaks = [max(x) for x in hacked]
+    assert f"gold peaks at {min(peaks):.2f} to {max(peaks):.2f}, within the first third" in text
+    assert all(x.index(max(x)) < 50 / 3 for x in hacked)
+    for who, curves in (("the runs", hacked), ("they", kept)):
+        ends = [statistics.mean(x[-10:]) for x in curves]
+        assert f"{who} end at {min(ends):.2f} to {max(ends):.2f}." in text
+    assert len(results["runs"]) == 9 and {"cpu", "torch"} <= set(results["hardware"])
+    table = (ROOT / "benchmarks/results/reward_hacking.md").read_text().split("\n\n")[0].strip()
+    assert table.replace(" -0", " −0") in LONG
+
+
+def test_what_it_says_of_kl_targets_is_what_the_raw_results_say():
+    off = [(x["kl_coef"], statistics.mean(x["curves"]["rollout/kl"][-10:]) / x["kl_target"] - 1)
+           for x in result("kl_target")["runs"]]
+    near = [abs(y) < 0.105 for x, y in off if x >= 0.05]
+    assert (sum(near), len(near)) == (5, 6) and "five of six runs end within 10 %" in README
+    assert all(y > 0.5 for x, y in off if x < 0.05)
+    assert (ROOT / "benchmarks/results/kl_target.md").read_text().split("\n\n")[0].strip() in LONG
 
 
 def test_the_tables_of_control_tasks_are_what_the_raw_results_say():
