@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_resume.py (30 seconds)
 """
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -35,7 +36,6 @@ def letters(prompts, responses):
     if log.exists() and len(log.read_text().splitlines()) == int(iterations):
         signal.raise_signal(signal.SIGINT) if what == "stop" else Path("runs", run, what).mkdir()
     return [len(x) / 10 for x in responses]
-
 def too_large(prompts, responses): return [3e38 * (i % 2) for i in range(len(responses))]
 '''
 DATED = ("{{ 'it is 1 May . ' }}{% for turn in messages %}{{ turn['content'] + ' ' }}"
@@ -100,7 +100,7 @@ def kill(words, begun):
     """A process that is killed as soon as something has begun. It prints only what is ours."""
     with open("printed", "w") as printed:
         process = subprocess.Popen([sys.executable, ppo_rlhf.__file__, *words], stdout=printed,
-                                   stderr=printed)
+                                   stderr=printed, env=os.environ | {"OMP_NUM_THREADS": "1"})
     while not begun():
         assert process.poll() is None
         time.sleep(0.001)
@@ -121,13 +121,13 @@ def test_a_run_that_is_killed_in_each_of_its_stages_ends_the_same():
     kill(resume, lambda: (run_dir / "metrics.jsonl").read_text().count("\n") >= 5)
     assert not (run_dir / "before_after.jsonl").exists()
     main(parse_args(resume))
-    assert left(run_dir) == left(Path("runs/alive"))
+    one, other = left(run_dir), left(Path("runs/alive"))
+    assert one.keys() == other.keys() and not [x for x in one if one[x] != other[x]]
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 3, 5])
-def test_after_ctrl_c_the_command_that_is_printed_leads_to_the_same_end(
-    undisturbed, iterations, capsys
-):
+def test_after_ctrl_c_the_command_that_is_printed_leads_to_the_same_end(undisturbed, iterations,
+                                                                        capsys):
     run_dir = Path(f"runs/stopped{iterations}")
     with pytest.raises(SystemExit) as end:
         start(replace(USUAL, run_name=run_dir.name), iterations)
