@@ -798,22 +798,23 @@ def start_or_resume(sft: Path | str, scorer: Scorer, data: "Data", args: Args, l
     """What changes in stage 3, as it begins or as the checkpoint of a resumed run has it. Returns:
     {policy with critic, reference, optimizer}, {iteration, kl_coef, norm of the scores}."""
     policy, reference = load_policy(sft, args), load_policy(sft, args)
-    rows = prompt_batch(data.prompts, 1, 2 * args.batch_size, args.seed)
-    samples = decode(policy, collect_rollout(policy, None, rows, args.seed, args), rows)
-    policy.critic = make_critic(policy, scorer, measure_scores(scorer, samples, args), args)
+    path = log.run_dir / "checkpoint.pt"
+    if path.exists():
+        state, mean_return = torch.load(path, "cpu", weights_only=True, mmap=True), 0.0
+        scorer.offset, scorer.scale = state["norm"]
+    else:
+        rows = prompt_batch(data.prompts, 1, 2 * args.batch_size, args.seed)
+        samples = decode(policy, collect_rollout(policy, None, rows, args.seed, args), rows)
+        mean_return = measure_scores(scorer, samples, args)
+        state = {"iteration": 0, "kl_coef": args.kl_coef, "norm": (scorer.offset, scorer.scale)}
+        save_model(log.run_dir / "policy", policy.lm, policy.tokenizer)
+    policy.critic = make_critic(policy, scorer, mean_return, args)
     optimizer = make_optimizer(
         [{"params": policy.lm.parameters(), "peak": args.learning_rate},
          {"params": policy.critic.parameters(), "peak": args.critic_learning_rate}], args)
     learned = {"policy": policy, "reference": reference, "optimizer": optimizer}
-    state = {"iteration": 0, "kl_coef": args.kl_coef, "norm": (scorer.offset, scorer.scale)}
-    path = log.run_dir / "checkpoint.pt"
-    if path.exists():
-        state = torch.load(path, "cpu", weights_only=True, mmap=True)
-        for name, x in learned.items():
-            x.load_state_dict(state[name])
-        scorer.offset, scorer.scale = state["norm"]
-    else:
-        save_model(log.run_dir / "policy", policy.lm, policy.tokenizer)
+    for name in learned.keys() & state.keys():  # none at the beginning
+        learned[name].load_state_dict(state[name])
     log.start("ppo", state["iteration"])
     return learned, state
 
@@ -1243,10 +1244,9 @@ def read_rows(flag: str, name: str, split: str, args: Args) -> list[dict]:
                 row["prompt_text"] = frame(tokenizer, row["prompt"])[0]
                 for column in ("prompt_text", "chosen", "rejected")[: 1 + len(names)]:
                     row[column].encode()  # fails on half an emoji
-                for column in ("chosen", "rejected")[: len(names)]:
-                    encode_dialogue(tokenizer, row["prompt"], row[column], [])
-                num_tokens = len(encode_text(tokenizer, row["prompt_text"]))
-                num_long += num_tokens > (args.max_prompt_len or math.inf)
+                for side in [row[x] for x in ("chosen", "rejected")[: len(names)]] or [None]:
+                    prompt_ids, _ = encode_dialogue(tokenizer, row["prompt"], side, [])
+                num_long += len(prompt_ids) > (args.max_prompt_len or math.inf)
                 used |= set(names)
                 rows.append(row)
             except Exception as error:
