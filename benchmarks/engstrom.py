@@ -19,9 +19,9 @@ import common  # benchmarks/common.py
 ENVS = {"CartPole-v1": 200_000, "Acrobot-v1": 200_000, "HalfCheetah-v4": 300_000,
         "Hopper-v4": 300_000}
 # Switched on for all: the defaults of discrete actions normalise neither observations nor rewards.
-ON = "--clip-vloss --norm-obs --norm-reward --orthogonal-init --anneal-lr"
-OFF = {"value clipping": "--no-clip-vloss", "observation normalisation": "--no-norm-obs",
-       "reward normalisation": "--no-norm-reward", "orthogonal start": "--no-orthogonal-init",
+ON = "--clip-vloss --norm-obs=True --norm-reward=True --orthogonal-init --anneal-lr"
+OFF = {"value clipping": "--no-clip-vloss", "observation normalisation": "--norm-obs=False",
+       "reward normalisation": "--norm-reward=False", "orthogonal start": "--no-orthogonal-init",
        "annealing": "--no-anneal-lr"}
 VARIANTS = {"all on": "", **{f"no {name}": flag for name, flag in OFF.items()},
             "all off": " ".join(OFF.values())}
@@ -30,7 +30,7 @@ KEYS = ("env_id", "objective", "variant", "seed", "flags")
 
 def switches(off):
     """ON without what is switched off, then off."""
-    gone = off.replace("--no-", "--").split()
+    gone = off.replace("--no-", "--").replace("=False", "=True").split()
     return " ".join([*(x for x in ON.split() if x not in gone), off])
 
 
