@@ -19,7 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 COLOURS = {0.0: common.RED, 0.02: common.BLUE, 0.1: common.GREY}  # of kl_coef
-JOBS = [{"kl_coef": kl_coef, "seed": seed} for kl_coef in COLOURS for seed in (1, 2, 3)]
+JOBS = [{"kl_coef": kl_coef, "seed": seed} for seed in (1, 2, 3) for kl_coef in COLOURS]
 CURVES = ["rollout/score", "rollout/kl", "rollout/response_len", "ppo/explained_variance"]
 NAMES = ("Alice|The Queen|The King|The Hatter|The Duchess|The White Rabbit|The Gryphon|The Knight|"
          "The Mock Turtle|The March Hare|The Dormouse|Humpty Dumpty|Sylvie|Bruno|Arthur|The Dodo")
@@ -97,11 +97,11 @@ def main():
     keys = ["score", "win rate by score", "kl", "entropy", "perplexity"]
     rows = [[x["kl_coef"], x["seed"], *("{} → {}".format(*x[key]) for key in keys)] for x in runs]
     samples = [f"- kl_coef {x['kl_coef']}: `{json.dumps(sample, ensure_ascii=False)}`"
-               for x in runs[::3] for sample in x["samples"][:3]]
+               for x in runs[:3] for sample in x["samples"][:3]]
     common.publish("pretrained", [*common.markdown(["kl_coef", "seed", *keys], rows), "", *samples])
     with common.picture("pretrained", 1, 3, (13, 3.4)) as axes:
         for i, x in enumerate(runs):
-            look = {"color": COLOURS[x["kl_coef"]], "label": "" if i % 3 else f"β = {x['kl_coef']}"}
+            look = {"color": COLOURS[x["kl_coef"]], "label": "" if i > 2 else f"β = {x['kl_coef']}"}
             for axis, key in zip(axes[0], CURVES[:2], strict=False):
                 axis.plot(range(128, 6401, 128), x["curves"][key], **look)
             axes[0, 2].plot(["before", "after"], x["perplexity"], **look)
