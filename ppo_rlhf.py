@@ -28,36 +28,31 @@ Stage 3  PPO           π starts as π_ref; train_ppo repeats this iteration:
 A response is an episode, a token is an action, the tokens before it are the state. The *policy
 gradient* raises the log-probability of each sampled token in proportion to its *advantage*: how
 much more reward followed the token than was expected. The *critic* computes what is expected: its
-*value* is a forecast, made before each token, of the rewards still to come. The *return* of a token
-is advantage + value, taken before advantages are whitened; the critic is trained to forecast it.
-One rollout is used for several steps, and the further the policy moves, the less its old samples
-say about it. So each token has a *ratio* π_new / π_old: if the advantage is positive and the ratio
-above 1 + clip_coef, or negative and below 1 − clip_coef, the token gives no more gradient.
+*value* is a forecast, made before each token, of the rewards still to come. It is trained towards
+the *return*, advantage + value. One rollout is used for several steps, and the further the policy
+moves, the less its old samples say about it. So each token has a *ratio* π_new / π_old, and one
+whose ratio has moved too far gives no more gradient (see policy_loss). "Old" is no further network:
+old_ are numbers that the policy itself gave before the update changed it.
 
 Networks in stage 3: the policy; the reference, which stays as SFT left it; the critic, by default
-one linear layer on the policy; the reward model. "Old" is no further network: old_ are numbers that
-the policy itself gave before the update changed it.
+one linear layer on the policy; the reward model.
 
     rows           dicts of text: prompt and, depending on the data, chosen, rejected, …
     batch          responses per iteration      prompt_len     columns of prompts, padded left
     seq_len        prompt_len + response_len    response_len   columns of responses, padded right
-    logprobs       log π(token | tokens before it), in nats; old_, new_: of the policy before and
-                   during the update; ref_: of the reference
+    logprobs       log π(token | tokens before it), in nats; old_, new_, ref_: of which policy
     values         the critic's forecasts       scores         one number per response
     rewards        one number per token: −kl_coef · KL, and at the last token also the score, minus
                    missing_eos_penalty if the response has no EOS
     response_mask  True on the real tokens of a response, its EOS included
-    kl             policy to reference, in nats; per token in rewards, per response (the sum) in the
-                   log, kl_target and max_kl
-    approx_kl      old to new within one update, nats per token: for target_kl
+    kl             policy to reference, in nats: per token in rewards, elsewhere per response
 
 EOS ends a response and is its last real token; a response that is cut at the length limit has none.
 BOS stands in front of a prompt, once, if tokenizer or template puts it there. PAD fills unused
 columns and is often the same token as EOS: never compare ids with PAD, use the masks. (Reward
 models do look for PAD: load_reward_model gives those that are trained here one of their own.)
 
-Deliberately not here: other algorithms (DPO, GRPO), LoRA, fp16, one model spread over several GPUs,
-a sampling engine (it would replace sample_tokens). Part I is RLHF, Part II is plumbing.
+Not here: DPO, GRPO, LoRA, fp16, one model over several GPUs. Part I is RLHF, Part II is plumbing.
 """
 
 import contextlib
@@ -126,9 +121,8 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") ->
     """Per-token estimate of KL(π ‖ π_ref), in nats, from tokens that π sampled.
 
     With d = logprobs − ref_logprobs:  k1 = d  (unbiased, may be negative),  k2 = ½·d²  (biased),
-    k3 = exp(−d) − 1 + d  (unbiased, never negative).
-    The log-probability of a response is the sum over its tokens. So the sum of k1 over the tokens
-    is log π(y|x) − log π_ref(y|x), whose mean over responses is the KL of whole responses.
+    k3 = exp(−d) − 1 + d  (unbiased, never negative). The sum of k1 over the tokens of a response is
+    log π(y|x) − log π_ref(y|x), and the mean of that over responses is the KL in J.
 
     Args and result: (batch, response_len). Source: Schulman 2020, joschu.net/blog/kl-approx."""
     check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
@@ -145,9 +139,9 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") ->
 def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
     """rₜ = −kl_coef · klₜ, plus the score at the last token (EOS, or the one at the length limit).
 
-    Args: scores (batch,), or one per token (batch, response_len), which are added token by token;
-    kl, response_mask (batch, response_len). Returns: (batch, response_len), 0 in the padding.
-    Source: InstructGPT, section 3.5."""
+    Args: scores (batch,), or (batch, response_len) from a --reward-fn that scores each token; kl,
+    response_mask (batch, response_len). Returns: (batch, response_len), 0 in the padding. Source:
+    InstructGPT, section 3.5."""
     check_same_shape(kl=kl, response_mask=response_mask)
     if scores.dim() == 1:
         last_token_idx = response_mask.sum(dim=1, keepdim=True) - 1  # (batch, 1)
@@ -203,7 +197,6 @@ def value_loss(new_values: Tensor, old_values: Tensor, returns: Tensor, mask: Te
     """½·E[ max((V − R)², (V_old + clip(V − V_old, −c, c) − R)²) ].
 
     The clip removes the gradient of values that have moved by more than c towards their return R.
-    Most RLHF code has it; on control tasks it does not help (Andrychowicz 2021, 2006.05990).
 
     Args: (batch, response_len) each; vf_clip_coef is c, in units of the return. Returns: loss;
     clipfrac, the share of tokens whose clipped term is larger. Source: OpenAI baselines (ppo2)."""
@@ -247,7 +240,7 @@ class Args:
     reward_fn: str | None = None  # FILE.py:FUNCTION gives the scores; stage 2 is then skipped
     num_reward_models: int = 1  # how many stage 2 trains; several score as an ensemble
     ensemble_coef: float = 1.0  # the score of an ensemble is its mean minus this times its std
-    norm_scores: bool | None = None  # to mean 0, std 1 on SFT samples; None: only those of models
+    norm_scores: bool | None = None  # to mean 0, std 1 on SFT samples; None: all but --reward-fn's
     sft_epochs: int = 1  # passes over the demonstrations; 0: skip stage 1
     sft_learning_rate: float | None = None  # of stage 1, at its beginning; falls to 0 [3e-3, 1e-5]
     reward_epochs: int = 1  # passes over the comparisons
@@ -266,17 +259,16 @@ class Args:
     temperature: float = 1.0  # of the sampler, and of every log-probability in PPO
     gamma: float = 1.0  # discount per token
     gae_lambda: float = 0.95  # from 0, trust the next forecast, to 1, trust the sampled rewards
-    clip_coef: float = 0.2  # a ratio past 1 ± this, where the advantage favours it: no gradient
-    vf_clip_coef: float = 0.2  # a value that moved by more than this to its return: no gradient
+    clip_coef: float = 0.2  # a ratio farther from 1 than this may give no gradient: policy_loss
+    vf_clip_coef: float = 0.2  # the same for the change of a value, in its units: value_loss
     vf_coef: float = 0.5  # weight of the value loss (half the squared error)
     ent_coef: float = 0.0  # weight of the entropy bonus, per nat
     max_grad_norm: float = 1.0  # gradients are scaled down to this global norm
     target_kl: float | None = None  # end an update if an epoch's approx_kl is above: nats per token
 
-    # The KL to the reference. With --kl-in reward use k1: PPO then sees the gradient of the KL of
-    # responses. With --kl-in loss use k2: it has the gradient of each token's KL(π ‖ π_ref); k3 has
-    # that of KL(π_ref ‖ π), as in GRPO; k1 has none, in expectation. In the loss, kl_coef weighs a
-    # mean per token: it is weaker there than in rewards, which are summed.
+    # With --kl-in reward, k1 gives PPO the gradient of the KL of responses. With --kl-in loss, k2
+    # has the gradient of each token's KL(π ‖ π_ref), and k3 that of KL(π_ref ‖ π), as in GRPO;
+    # there kl_coef weighs a mean per token, in rewards a sum per response.
     kl_coef: float = 0.05  # weight of the KL, per nat
     kl_in: Literal["reward", "loss"] = "reward"  # subtract it from rewards, or add it to the loss
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # see kl_penalty
@@ -312,12 +304,10 @@ class Rollout:
         column of the fields below                           0    1    2    3    4
         response_mask                                        1    1    1    1    -
         logprobs, values read at sequence column             4    5    6    7    -
-        rewards (c is kl_coef)                              -ckl -ckl -ckl -ckl  -
-                                                                        + score
 
-    Column t of the fields below belongs to response token t, which is chosen in the state one
-    sequence column before it. Its log-probability and value are read there, so the first value is
-    computed from the prompt alone. Demonstrations have only the first four fields."""
+    Column t of the fields below belongs to response token t. Its log-probability and value are read
+    one sequence column earlier, in the state in which it is chosen; so the first value is computed
+    from the prompt alone. Demonstrations have only the first four fields."""
 
     sequence_ids: Tensor  # (batch, seq_len)
     sequence_mask: Tensor  # (batch, seq_len), bool
@@ -334,29 +324,23 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.sequence_ids)
 
-    def map(self, change: Callable) -> "Rollout":
-        """The same with each tensor changed."""
-        return Rollout(*(None if x is None else change(x) for x in vars(self).values()))
-
     def __getitem__(self, rows: slice | Tensor) -> "Rollout":
         """Some of the rows."""
-        return self.map(lambda x: x[rows])
+        return Rollout(*(None if x is None else x[rows] for x in vars(self).values()))
 
 
 class Policy(nn.Module):
     """A causal language model that gives a distribution over responses, and its critic.
 
-    Policy and reference, sampler and update compute log-probabilities by the same functions at the
-    same temperature, so that only the weights make a difference. The generation config (top-p, …)
-    is ignored. The output layer stays in float32: bfloat16 would round log-probabilities by 0.03
-    nats, more than a step changes them. Ids without a text (output layers are often padded) have
-    probability 0."""
+    Sampler, update and reference compute log-probabilities by the same functions at the same
+    temperature, so that only the weights differ. The generation config (top-p, …) is ignored."""
 
     def __init__(self, lm, tokenizer, args: Args):
         super().__init__()
         self.lm, self.tokenizer, self.args = lm, tokenizer, args
-        self.critic: Critic | None = None
+        self.critic: Critic | None = None  # added in start_or_resume
         self.eos_ids = end_tokens(lm, tokenizer)
+        # Ids without a text have probability 0: output layers are often larger than the vocabulary.
         bias = torch.full((lm.get_output_embeddings().out_features,), -torch.inf)
         bias[list(tokenizer.get_vocab().values())] = 0.0
         self.register_buffer("vocab_bias", bias, persistent=False)  # (vocab,), 0 or −inf
@@ -379,37 +363,39 @@ class Policy(nn.Module):
 
     def logits(self, hidden: Tensor, temperature: float) -> Tensor:
         """Logits (..., vocab) of the next token, from hidden states (..., hidden)."""
+        weight, bias = self.output_layer(temperature)
+        # In float32: bfloat16 would round log-probabilities by 0.03 nats, more than a step changes.
         with torch.autocast(hidden.device.type, enabled=False):
-            return nn.functional.linear(hidden.float() / temperature,
-                                        *self.output_layer(temperature))
+            return nn.functional.linear(hidden.float() / temperature, weight, bias)
 
     def forward(self, batch: Rollout, temperature: float, with_entropies: bool = False):
         """Read prompts with responses, for the rollout and all losses.
 
-        Returns: logprobs, values, entropies (None if not wanted) of the response tokens, each
-        (batch, response_len), 0 in the padding. Without a critic, all values are 0."""
+        Returns: logprobs, values, entropies of the response tokens, each (batch, response_len), 0
+        in the padding. Values are 0 without a critic, entropies if they are not wanted."""
         # Columns with a real token: one block, as prompts are padded left and responses right.
         used = batch.sequence_mask.any(dim=0).nonzero().squeeze(1)
         ids, mask = batch.sequence_ids[:, used], batch.sequence_mask[:, used]
-        row_idx, t = batch.response_mask.nonzero(as_tuple=True)  # (tokens,) each: response tokens
+        # Of each response token: its row, its column in the response, its column in ids.
+        row, t = batch.response_mask.nonzero(as_tuple=True)  # (tokens,) each
         prompt_len = batch.sequence_mask.shape[1] - batch.response_mask.shape[1]
-        token_idx = prompt_len + t - used[0]  # (tokens,): their columns in ids
-        tokens, state_idx = ids[row_idx, token_idx], (row_idx, token_idx - 1)
-        hidden = self.states(self.lm.base_model, ids, mask)[state_idx]  # (tokens, hidden)
+        column = prompt_len + t - used[0]
+        tokens = ids[row, column]
+        hidden = self.states(self.lm.base_model, ids, mask)[row, column - 1]  # (tokens, hidden)
         if with_entropies:
             distribution = torch.distributions.Categorical(
                 logits=self.logits(hidden, temperature), validate_args=False)
             logprobs, entropies = distribution.log_prob(tokens), distribution.entropy()
         else:  # the same log-probabilities in less memory
-            logprobs, entropies = chunked_logprobs(self, hidden, tokens, temperature), None
+            logprobs = chunked_logprobs(self, hidden, tokens, temperature)
+            entropies = torch.zeros_like(logprobs)
         values = torch.zeros_like(logprobs)
         if self.critic is not None:
             if self.critic.trunk is not None:
-                hidden = self.states(self.critic.trunk, ids, mask)[state_idx]
+                hidden = self.states(self.critic.trunk, ids, mask)[row, column - 1]
             values = self.critic.head(hidden.float()).squeeze(-1)
         padded = torch.zeros_like(batch.response_mask, dtype=torch.float32)
-        return tuple(None if x is None else padded.index_put((row_idx, t), x)
-                     for x in (logprobs, values, entropies))
+        return [padded.index_put((row, t), x) for x in (logprobs, values, entropies)]
 
 
 class Critic(nn.Module):
@@ -421,7 +407,7 @@ class Critic(nn.Module):
         self.head, self.trunk = nn.Linear(hidden_size, 1), trunk
 
 
-# One iteration: sample, read, score, compute advantages -------------------------------------------
+# One iteration: sample, read, compute advantages --------------------------------------------------
 
 
 @torch.no_grad()
@@ -435,7 +421,7 @@ def sample_tokens(policy: Policy, prompts: Rollout, noise: Tensor, temperature: 
     Args: noise (batch, response_len), uniform in [0, 1). One number decides one token, so that a
     sample depends neither on the other rows nor on the number of processes."""
     prompt_len, response_len = prompts.sequence_ids.shape[1], noise.shape[1]
-    pad_id, eos_ids = policy.tokenizer.pad_token_id, noise.new_tensor(policy.eos_ids).long()
+    pad_id, eos_ids = policy.tokenizer.pad_token_id, torch.tensor(policy.eos_ids).to(noise.device)
     ids = nn.functional.pad(prompts.sequence_ids, (0, response_len), value=pad_id)
     mask = nn.functional.pad(prompts.sequence_mask, (0, response_len))
     ended = torch.zeros_like(mask[:, 0])  # (batch,)
@@ -444,8 +430,7 @@ def sample_tokens(policy: Policy, prompts: Rollout, noise: Tensor, temperature: 
     for t in range(prompt_len, prompt_len + response_len):
         hidden = policy.states(policy.lm.base_model, ids[:, first:t], mask[:, :t], cache)[:, -1]
         cumulative = policy.logits(hidden, temperature).softmax(-1).cumsum(-1)  # (batch, vocab)
-        # Take the first token whose cumulative probability exceeds noise · sum. There is one,
-        # because noise is below 1.
+        # Take the first token whose cumulative probability exceeds noise · sum; noise is below 1.
         threshold = noise[:, t - prompt_len, None] * cumulative[:, -1:]  # (batch, 1)
         sampled = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
         sampled = sampled.clamp(max=cumulative.shape[1] - 1)  # of NaN; optimizer_step will say so
@@ -462,9 +447,8 @@ def sample_tokens(policy: Policy, prompts: Rollout, noise: Tensor, temperature: 
 @torch.no_grad()
 def collect_rollout(policy: Policy, reference: Policy | None, rows: list[dict], seed: int,
                     args: Args) -> Rollout:
-    """Sample a response to the prompt of each row. Read prompts and responses with policy, critic
-    and reference, for old and reference log-probabilities and values; not if reference is None.
-    Each process does this for its share of the rows, and all get the whole rollout."""
+    """Sample a response to the prompt of each row; if a reference is given, read it with policy,
+    critic and reference. Each process does its share of the rows; all get the whole rollout."""
     # Drawn on the CPU and for all rows, so that N processes sample what one would sample.
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(len(rows), args.response_len, generator=generator)
@@ -473,45 +457,16 @@ def collect_rollout(policy: Policy, reference: Policy | None, rows: list[dict], 
     with torch.autocast(noise.device.type, torch.bfloat16, args.dtype == "bfloat16"):
         sampled = sample_tokens(policy, prompts, noise, args.temperature)
     parts = split_rows(sampled, args.microbatch_size)
-    for part in parts if reference is not None else ():
-        # Old log-probabilities are computed like the new ones in the update, without a cache. The
-        # sampler's cache rounds differently: with its numbers the ratio would not start at 1.
-        part.old_logprobs, part.old_values, _ = policy(part, args.temperature)
-        part.ref_logprobs, _, _ = reference(part, args.temperature)
+    if reference is not None:
+        # Without the sampler's cache, as in the update: it rounds differently, and with its
+        # numbers the ratio would not start at 1.
+        for part in parts:
+            part.old_logprobs, part.old_values, _ = policy(part, args.temperature)
+            part.ref_logprobs, _, _ = reference(part, args.temperature)
     return join_rows(parts, args.device)
 
 
-class Scorer:
-    """(raw score − offset) / scale: by default the mean and std of the SFT policy's scores for
-    models, and 0 and 1 for a function.
-
-    Several models score as an ensemble: mean − ensemble_coef · std, because where the policy
-    exploits an error of one model, the others usually disagree. Source: Coste 2023 (2310.02743),
-    which subtracts the variance."""
-
-    def __init__(self, sources: list[Callable], args: Args):
-        self.sources, self.args = sources, args  # of scores: RewardModels, or your --reward-fn
-        self.offset, self.scale = torch.zeros(len(sources), 1), torch.ones(len(sources), 1)
-
-    @torch.no_grad()
-    def raw_scores(self, records: list[dict]) -> Tensor:
-        """(sources, batch), or (sources, batch, response_len) if there is one per token."""
-        parts = split_rows(share(records), self.args.microbatch_size)
-        return torch.stack([torch.cat(gather([source(part).cpu() for part in parts]))
-                            for source in self.sources])
-
-    def normalise(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores, and the std of an ensemble's models: (batch,) each, or (batch, response_len)."""
-        std, mean = torch.std_mean((raw - self.offset) / self.scale, dim=0, correction=0)
-        return mean - self.args.ensemble_coef * std, std
-
-    def __call__(self, records: list[dict]) -> tuple[Tensor, Tensor]:
-        """The same, from records of responses."""
-        scores, std = self.normalise(self.raw_scores(records))
-        return scores.to(self.args.device), std.to(self.args.device)
-
-
-def make_critic(policy: Policy, scorer: Scorer, mean_return: float, args: Args) -> Critic:
+def make_critic(policy: Policy, scorer: "Scorer", mean_return: float, args: Args) -> Critic:
     """V starts at mean_return, that of the SFT policy (see measure_scores): an error common to all
     values would drown the advantages. A separate critic starts as the reward model of stage 2, so
     that V is the normalised score of the text so far (Stiennon 2020, 2009.01325), or as the SFT
@@ -532,17 +487,15 @@ def make_critic(policy: Policy, scorer: Scorer, mean_return: float, args: Args) 
 def compute_advantages(rollout: Rollout, kl_coef: float, args: Args) -> tuple[Tensor, Tensor]:
     """Advantages and returns (batch, response_len) from scores, KL and values.
 
-    The KL in the rewards depends on π, yet rewards get no gradient. With k1 nothing is lost: the
-    missing term is kl_coef · E[ ∇ log π ], and the mean of ∇ log π over tokens that π samples is
-    Σ π·∇ log π = ∇ Σ π = ∇ 1 = 0."""
+    Rewards get no gradient, although their KL depends on π. With k1 nothing is lost: the missing
+    term is kl_coef · E[ ∇ log π ] = kl_coef · Σ π·∇ log π = kl_coef · ∇ Σ π = kl_coef · ∇ 1 = 0."""
     mask = rollout.response_mask
     kl = kl_penalty(rollout.old_logprobs, rollout.ref_logprobs, args.kl_estimator)
     rewards = token_rewards(rollout.scores, kl, mask, kl_coef if args.kl_in == "reward" else 0.0)
     # A response that is cut at the length limit counts as finished, but its score is lower.
     # Ziegler and Stiennon instead replace its score by −1.
-    penalty = args.missing_eos_penalty * (~rollout.ended).float().unsqueeze(1)  # (batch, 1)
-    last_token_idx = mask.sum(dim=1, keepdim=True) - 1  # (batch, 1)
-    rewards = rewards.scatter_add(1, last_token_idx, -penalty)
+    penalty = args.missing_eos_penalty * (~rollout.ended).float()  # (batch,)
+    rewards = rewards - token_rewards(penalty, torch.zeros_like(kl), mask, 0.0)
     if args.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, rollout.old_values, mask, args.gamma, args.gae_lambda)
@@ -564,9 +517,7 @@ def ppo_loss(policy: Policy, batch: Rollout, kl_coef: float, args: Args) -> dict
                                     args.clip_coef)
     vf_loss, vf_clipfrac = value_loss(new_values, batch.old_values, batch.returns, mask,
                                       args.vf_clip_coef)
-    loss = pg_loss + args.vf_coef * vf_loss
-    if args.ent_coef > 0:
-        loss = loss - args.ent_coef * masked_mean(entropies, mask)
+    loss = pg_loss + args.vf_coef * vf_loss - args.ent_coef * masked_mean(entropies, mask)
     if args.kl_in == "loss":
         kl = kl_penalty(new_logprobs, batch.ref_logprobs, args.kl_estimator)
         loss = loss + kl_coef * masked_mean(kl, mask)
@@ -582,13 +533,9 @@ def accumulate_gradients(loss_fn: Callable, batch, coef: float, args: Args) -> d
     """Add the gradients of coef · loss_fn(batch), a microbatch at a time. Returns: statistics of
     this process; number r of n takes the rows r, r + n, …
 
-    A loss is a mean over terms (response tokens, or comparisons). That of a microbatch is weighted
-    by its share of the batch's terms, so that all terms count equally. A process without a row
-    reads the first one with weight 0: it then has the same statistics to merge as the others."""
-    def count_terms(rows) -> int | Tensor:
-        """Comparisons, or response tokens."""
-        return len(rows) if isinstance(rows, list) else rows.response_mask.sum()
-
+    A loss is a mean over terms (response tokens, or comparisons), so a microbatch counts by its
+    share of them. A process without a row reads the first one with weight 0: it then has the same
+    statistics to merge as the others."""
     stats, (rank, num_processes) = {}, processes()
     own_rows = batch[rank::num_processes]
     for part in split_rows(own_rows or batch[:1], args.microbatch_size):
@@ -607,11 +554,7 @@ def optimizer_step(model, optimizer, stats: dict[str, Tensor], args: Args) -> di
     """One step with the gradients of all processes. Returns: statistics of all.
 
     Raises: FloatingPointError before the step if a statistic or the gradient is not finite."""
-    if dist.is_initialized():
-        for weights in model.parameters():
-            if weights.grad is None:  # no token of this process has used them
-                weights.grad = torch.zeros_like(weights)
-            dist.all_reduce(weights.grad)
+    sum_gradients(model)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
     stats = merge_stats(stats | {"grad_norm": grad_norm})
     for name, x in stats.items():
@@ -636,11 +579,10 @@ def update_policy(policy: Policy, optimizer, rollout: Rollout, kl_coef: float,
             stats = accumulate_gradients(lambda part: ppo_loss(policy, part, kl_coef, args),
                                          minibatch, 1.0, args)
             if args.ptx_coef > 0:  # PPO-ptx: as many demonstrations as responses
-                sample = rng.choices(demonstrations, k=args.minibatch_size)
-                sample = encode(policy, sample, "chosen")
-                found = accumulate_gradients(lambda part: sft_loss(policy, part), sample,
-                                             args.ptx_coef, args)
-                stats["ptx_loss"] = found["loss"]
+                rows = rng.choices(demonstrations, k=args.minibatch_size)
+                ptx = accumulate_gradients(lambda part: sft_loss(policy, part),
+                                           encode(policy, rows, "chosen"), args.ptx_coef, args)
+                stats["ptx_loss"] = ptx["loss"]
             epoch.append(optimizer_step(policy, optimizer, stats, args))
         steps += epoch
         if args.target_kl is not None and fmean(x["approx_kl"] for x in epoch) > args.target_kl:
@@ -654,13 +596,14 @@ def update_policy(policy: Policy, optimizer, rollout: Rollout, kl_coef: float,
     return stats
 
 
-def train_ppo(sft: Path | str, scorer: Scorer, data: "Data", args: Args, log: "RunLog") -> None:
+def train_ppo(sft: Path | str, scorer: "Scorer", data: "Data", args: Args, log: "RunLog") -> None:
     """Stage 3: PPO from the SFT model, with a frozen copy of it as the reference."""
     learned, state = start_or_resume(sft, scorer, data, args, log)
     policy, reference, optimizer = learned.values()
     kl_coef, num_iterations = state["kl_coef"], args.total_episodes // args.batch_size
     for iteration in range(state["iteration"] + 1, num_iterations + 1):
-        times, seed = [time.time()], random.Random(f"{args.seed} {iteration}").getrandbits(60)
+        seed = random.Random(f"{args.seed} {iteration}").getrandbits(60)
+        times = [time.time()]
         set_learning_rates(optimizer, iteration, num_iterations, args.lr_warmup)
         rows = prompt_batch(data.prompts, iteration, args.batch_size, args.seed)
         rollout = collect_rollout(policy, reference, rows, seed, args)
@@ -688,11 +631,6 @@ def train_ppo(sft: Path | str, scorer: Scorer, data: "Data", args: Args, log: "R
             state |= {name: x.state_dict() for name, x in learned.items()}
             state |= {"iteration": iteration, "kl_coef": kl_coef}
             save_checkpoint(log.run_dir / "checkpoint.pt", state)
-
-    del learned, policy, reference, optimizer, state  # the final table needs their memory
-    reference = load_policy(sft, args)  # the SFT model, also after --ref-update-interval
-    log.before_after(*(evaluate(load_policy(x, args), reference, scorer, data, args)
-                       for x in (sft, log.run_dir / "policy")))
 
 
 # ==================================================================================================
@@ -724,7 +662,8 @@ def fit(log: "RunLog", model, loss_fn, to_batch, rows: list, epochs: int, peak: 
         epoch = split_rows(rng.sample(rows, len(rows)), args.minibatch_size)
         minibatches += epoch[: max(1, len(rows) // args.minibatch_size)]
     model.train()
-    for number, rows in enumerate(progress(minibatches, log.stage), start=1):
+    bar = tqdm(minibatches, log.stage, file=sys.stdout, disable=None)  # on a terminal only
+    for number, rows in enumerate(bar, start=1):
         set_learning_rates(optimizer, number, len(minibatches))
         stats = accumulate_gradients(lambda part: loss_fn(model, part), to_batch(rows), 1.0, args)
         log.scalars(log.stage, optimizer_step(model, optimizer, stats, args), number)
@@ -749,8 +688,8 @@ def train_sft(data: "Data", args: Args, log: "RunLog") -> Path:
 def train_reward_models(sft: Path | str, data: "Data", args: Args, log: "RunLog") -> list:
     """Stage 2: Bradley–Terry on comparisons (for reviews, of SFT samples). Returns: the models,
     frozen. Models of an ensemble differ in head and order of the comparisons."""
-    folders = [log.run_dir / f"reward_model{f'_{i}' if i > 1 else ''}"
-               for i in range(1, args.num_reward_models + 1)]
+    names = ["reward_model", *(f"reward_model_{i}" for i in range(2, args.num_reward_models + 1))]
+    folders = [log.run_dir / name for name in names]
     train, held_out = data.comparisons, data.held_out.comparisons
     if args.dataset == "reviews" and not all(folder.exists() for folder in folders):
         train = sample_comparisons(sft, data.prompts, args.num_comparisons, args)
@@ -778,8 +717,9 @@ def main(args: Args) -> None:
     log = RunLog(args, data.digest)
     try:
         sft = train_sft(data, args, log) if args.sft_epochs > 0 else args.policy_model
-        sources = sources or train_reward_models(sft, data, args, log)
-        train_ppo(sft, Scorer(sources, args), data, args, log)
+        scorer = Scorer(sources or train_reward_models(sft, data, args, log), args)
+        train_ppo(sft, scorer, data, args, log)
+        final_table(sft, scorer, data, args, log)
     except FloatingPointError as error:
         raise SystemExit(f"ppo_rlhf.py: {log.stage} stopped after {log.number}: {error}.") from None
     except KeyboardInterrupt:
@@ -788,10 +728,39 @@ def main(args: Args) -> None:
 
 
 # ==================================================================================================
-# Part II: plumbing: how stage 3 starts, text, data, files, settings, log
+# Part II: plumbing: scores, how stage 3 starts, text, data, files, settings, log
 # ==================================================================================================
 
-# How stage 3 starts, and what reward models read -------------------------------------------------
+# Scores, and how stage 3 starts -------------------------------------------------------------------
+
+
+class Scorer:
+    """(raw score − offset) / scale: by default the mean and std of the SFT policy's scores for
+    models, and 0 and 1 for a function.
+
+    Several models score as an ensemble: mean − ensemble_coef · std, because where the policy
+    exploits an error of one model, the others usually disagree. Source: Coste 2023 (2310.02743),
+    which subtracts the variance."""
+
+    def __init__(self, sources: list[Callable], args: Args):
+        self.sources, self.args = sources, args  # of scores: RewardModels, or your --reward-fn
+        self.offset, self.scale = torch.zeros(len(sources), 1), torch.ones(len(sources), 1)
+
+    @torch.no_grad()
+    def raw_scores(self, records: list[dict]) -> Tensor:
+        """(sources, batch), or (sources, batch, response_len) if there is one per token."""
+        parts = split_rows(share(records), self.args.microbatch_size)
+        return torch.stack([torch.cat(gather([source(part).cpu() for part in parts]))
+                            for source in self.sources])
+
+    def normalise(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores, and the std of an ensemble's models: (batch,) each, or (batch, response_len)."""
+        std, mean = torch.std_mean((raw - self.offset) / self.scale, dim=0, correction=0)
+        return mean - self.args.ensemble_coef * std, std
+
+    def __call__(self, records: list[dict]) -> list[Tensor]:
+        """The same, from records of responses."""
+        return [x.to(self.args.device) for x in self.normalise(self.raw_scores(records))]
 
 
 def start_or_resume(sft: Path | str, scorer: Scorer, data: "Data", args: Args, log: "RunLog"):
@@ -832,8 +801,7 @@ def measure_scores(scorer: Scorer, records: list[dict], args: Args) -> float:
     spread, mean_score = (float(x) for x in torch.std_mean(scores, correction=0))
     print(f"scores       of the SFT policy: mean {mean_score:.3f}, std {spread:.3f}")
     if spread > 1e-6 and not 0.1 < spread < 10:
-        print("note         this std is far from 1, and the clips of values and of gradients are "
-              "in units of the score: consider --norm-scores")
+        print("note         this std is far from 1, as the clips assume: consider --norm-scores")
     return mean_score - args.missing_eos_penalty * fmean(not x["ended"] for x in records)
 
 
@@ -865,16 +833,16 @@ def split_rows(rows, size: int) -> list:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
+def count_terms(rows) -> int | Tensor:
+    """What a loss is a mean over: comparisons, or response tokens."""
+    return len(rows) if isinstance(rows, list) else rows.response_mask.sum()
+
+
 def join_rows(parts: list[Rollout], device: str) -> Rollout:
     """The rows of all parts of all processes, in order."""
-    parts = gather([part.map(Tensor.cpu) for part in parts])
-    columns = zip(*(vars(part).values() for part in parts), strict=True)
-    return Rollout(*(None if x[0] is None else torch.cat(x).to(device) for x in columns))
-
-
-def progress(items: list, name: str) -> tqdm:
-    """A bar on a terminal, from the first process."""
-    return tqdm(items, name, disable=processes()[0] > 0 or None)
+    parts = gather([[x if x is None else x.cpu() for x in vars(part).values()] for part in parts])
+    return Rollout(*(None if x[0] is None else torch.cat(x).to(device)
+                     for x in zip(*parts, strict=True)))
 
 
 def prompt_batch(rows: list[dict], iteration: int, size: int, seed: int) -> list[dict]:
@@ -939,6 +907,15 @@ def gather(items: list) -> list:
     return [item for part in found for item in part]
 
 
+def sum_gradients(model) -> None:
+    """Add up the gradients of all processes."""
+    if dist.is_initialized():
+        for weights in model.parameters():
+            if weights.grad is None:  # no token of this process has used them
+                weights.grad = torch.zeros_like(weights)
+            dist.all_reduce(weights.grad)
+
+
 def merge_stats(stats: dict[str, Tensor]) -> dict[str, float]:
     """Statistics of all processes: sums, or the maximum if the name ends in _max or _norm."""
     numbers = torch.stack(list(stats.values())).tolist()  # one transfer from the device
@@ -986,9 +963,9 @@ def encode_text(tokenizer, text: str) -> list[int]:
 
 
 def encode_dialogue(tokenizer, prompt, response: str | None, eos_ids: list) -> tuple[list, list]:
-    """Ids of prompt and response, if there is one. The whole text is encoded, and the response is
-    what follows the encoded prompt, up to its first EOS: one of eos_ids, or the first special token
-    in what closes it. (Encoded apart, the first token of a response could be another.)
+    """Ids of prompt and response, if there is one. The response is what follows the prompt in the
+    ids of the whole text, up to its first EOS: one of eos_ids, or the first special token in what
+    closes it. (Encoded apart, its first token could be another.)
 
     Raises: ValueError if the ids of the whole do not begin with those of the prompt."""
     start, _, closing = frame(tokenizer, prompt)
@@ -1140,13 +1117,14 @@ def sample_comparisons(sft: Path | str, rows: list[dict], num_pairs: int, args: 
     policy, rng, samples = load_policy(sft, args), random.Random(f"annotator {args.seed}"), []
     rows = rng.choices(rows, k=num_pairs) * 2
     size = math.ceil(len(rows) / math.ceil(len(rows) / 1000))  # no part is nearly empty
-    for number, part in enumerate(progress(split_rows(rows, size), "comparisons")):
+    bar = tqdm(split_rows(rows, size), "comparisons", file=sys.stdout, disable=None)
+    for number, part in enumerate(bar):
         rollout = collect_rollout(policy, None, part, args.seed + number, args)
         samples += decode(policy, rollout, part)
-    pairs, golds = [], [gold_reward(x["prompt"], x["response"], x["ended"]) for x in samples]
-    for i in range(num_pairs):
-        prefers_first = rng.random() < 1 / (1 + math.exp(2 * (golds[i + num_pairs] - golds[i])))
-        pair = samples[i], samples[i + num_pairs]
+    pairs = []
+    for pair in zip(samples[:num_pairs], samples[num_pairs:], strict=True):
+        first, second = (gold_reward(x["prompt"], x["response"], x["ended"]) for x in pair)
+        prefers_first = rng.random() < 1 / (1 + math.exp(2 * (second - first)))
         pairs.append(pair if prefers_first else pair[::-1])
     return pairs
 
@@ -1206,9 +1184,8 @@ def read_row(row: dict) -> tuple[dict, list[str]]:
             not names and row.get("rejected") is not None):
         raise ValueError("it has no prompt, no chosen response, or one that is no text")
     if isinstance(prompt, str):  # two words must not become one
-        ends = [prompt[-1] + side[:1] for side in sides]
-        sides = [" " + side if len(end) == 2 and end.isascii() and end.isalnum() else side
-                 for end, side in zip(ends, sides, strict=True)]
+        sides = [" " + side if re.fullmatch("[A-Za-z0-9]{2}", prompt[-1] + side[:1]) else side
+                 for side in sides]
     row = {name: x for name, x in row.items() if name not in ("chosen", "rejected")}
     return row | {"prompt": prompt} | dict(zip(("chosen", "rejected"), sides, strict=False)), names
 
@@ -1234,7 +1211,7 @@ def read_rows(flag: str, name: str, split: str, args: Args) -> list[dict]:
             local = {"path": "parquet", "data_files": name}
             local = local if Path(name).is_file() else {"path": name}
             source = list(enumerate(datasets.load_dataset(**local, split=split), start=1))
-        for number, row in progress(source, name):
+        for number, row in tqdm(source, name, file=sys.stdout, disable=None):
             try:
                 row = json.loads(row) if isinstance(row, bytes) else row
                 if not isinstance(row, dict):
@@ -1272,6 +1249,7 @@ def load_data(args: Args) -> Data:
         rng = random.Random(args.seed)
         rows = [{"prompt": draw_text("prompt", GRAMMAR, rng)} for _ in range(20_000)]
         for row in rows:  # praise and scorn are equally probable
+            row["prompt_text"] = row["prompt"]
             row["chosen"] = " " + draw_text("review", GRAMMARS[genre_of(row["prompt"])], rng)
     else:
         rows = read_rows("--dataset", args.dataset, args.dataset_split, args)
@@ -1279,27 +1257,21 @@ def load_data(args: Args) -> Data:
     if args.sft_dataset is not None:
         demonstrations = read_rows("--sft-dataset", args.sft_dataset, "train", args)
 
-    def key(row: dict) -> str:
-        """Rows with the same key share a prompt."""
-        return json.dumps(row["prompt"], sort_keys=True)
-
     keys = set()  # of the prompts that are held out
     for part in (rows, demonstrations):
-        distinct = list(dict.fromkeys(map(key, part)))
+        distinct = list(dict.fromkeys(row["prompt_text"] for row in part))
         num_held_out = min(args.eval_prompts, len(distinct) // 4)
         if not keys & set(distinct):  # --sft-dataset may have the same prompts
             keys |= set(random.Random(args.seed).sample(distinct, num_held_out))
     held_out, data = (Data(*(
-        [row for row in part if row.get(column) is not None and (key(row) in keys) is side]
+        [row for row in part if row.get(column) is not None
+         and (row["prompt_text"] in keys) is side]
         for column, part in (("prompt", rows), ("chosen", demonstrations), ("rejected", rows))
     )) for side in (True, False))
-    held_out.prompts = list({key(row): row for row in held_out.prompts}.values())
-    data.held_out, code = held_out, b""
-    if args.reward_fn is not None:
-        with refusing(f"--reward-fn {args.reward_fn}", "give FILE.py:FUNCTION"):
-            code = Path(args.reward_fn.rpartition(":")[0]).read_bytes()
-    content = json.dumps([rows, demonstrations], default=str).encode()
-    data.digest = hashlib.sha256(content + code).hexdigest()
+    held_out.prompts = list({x["prompt_text"]: x for x in held_out.prompts}.values())
+    data.held_out, path = held_out, Path((args.reward_fn or "").rpartition(":")[0])
+    code = path.read_bytes() if path.is_file() else b""  # without one, load_reward_fn refuses
+    data.digest = hashlib.sha256(repr([rows, demonstrations, code]).encode()).hexdigest()
     print(f"prompts      {len(data.prompts)} rows to train on, {len(held_out.prompts)} distinct "
           "prompts held out")
     refuse(0 < len(held_out.prompts) < processes()[1],
@@ -1423,8 +1395,7 @@ def load_reward_fn(name: str, args: Args) -> Callable:
     path, _, function_name = name.rpartition(":")
     sys.path.insert(0, str(Path(path).resolve().parent))  # the file may import its neighbours
     function, tokenizer = runpy.run_path(path)[function_name], load_tokenizer(args.policy_model)
-    parameters = [x for x in list(inspect.signature(function).parameters.values())[2:]
-                  if x.kind not in (x.VAR_POSITIONAL, x.VAR_KEYWORD)]
+    names = list(inspect.signature(function).parameters)[2:]
 
     def token_texts(ids: list[int]) -> list[str]:
         """What each token adds to the text; one that ends within a character adds nothing."""
@@ -1437,10 +1408,9 @@ def load_reward_fn(name: str, args: Args) -> Callable:
     def scores_of(records: list[dict]) -> Tensor:
         """(records,), or (records, response_len) if there is one per token, filled up with 0."""
         columns = {x: [record[x] for record in records] for x in records[0]}
-        if "tokens" in [x.name for x in parameters]:
+        if "tokens" in names:
             columns["tokens"] = [token_texts(ids) for ids in columns["response_ids"]]
-        further = {x.name: columns[x.name] for x in parameters
-                   if x.name in columns or x.default is x.empty}
+        further = {name: columns[name] for name in names if name in columns}
         found = function(columns["prompt"], columns["response"], **further)
         if len(found) != len(records):
             raise ValueError(f"it returned {len(found)} scores for {len(records)} responses")
@@ -1552,16 +1522,17 @@ def resolve_args(args: Args) -> Args:
         folder = Path(args.resume)
         with refusing(f"--resume {folder}", "give the folder of a run that has begun"):
             saved = json.loads((folder / "args.json").read_text())
-            saved["reward_model"] = tuple(saved["reward_model"])
-            del saved["digest"]
-            args = Args(**saved | {"output_dir": str(folder.parent), "run_name": folder.name,
-                                   "resume": args.resume})
+            saved |= {"reward_model": tuple(saved["reward_model"]), "resume": args.resume,
+                      "output_dir": str(folder.parent), "run_name": folder.name}
+            args = Args(**{name: saved[name] for name in vars(args)})  # all but the digest
         if (folder / "before_after.jsonl").exists():
             raise SystemExit(print(f"{folder} is finished"))
     new, given = args.policy_model is None, bool(args.reward_model or args.reward_fn)
     usual = {name: values[0 if new else 1] for name, values in {
         "max_prompt_len": (16, 256), "response_len": (32, 128), "learning_rate": (1e-4, 3e-6),
         "sft_learning_rate": (3e-3, 1e-5), "reward_learning_rate": (1e-3, 1e-5)}.items()}
+    usual["norm_scores"] = args.reward_fn is None
+    usual["run_name"] = f"{Path(args.dataset).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     unused = {  # settings that others leave without effect
         "num_comparisons": given or args.dataset != "reviews", "reward_epochs": given,
         "dataset_split": args.dataset == "reviews", "reward_learning_rate": given,
@@ -1586,9 +1557,8 @@ def resolve_args(args: Args) -> Args:
     refuse(new and (args.dataset != "reviews" or args.sft_epochs == 0),
            f"--dataset {args.dataset} with --sft-epochs {args.sft_epochs} needs a --policy-model; "
            "only reviews with SFT can start from a new one.")
-    refuse(args.reward_model and args.reward_fn is not None,
-           f"--reward-fn {args.reward_fn} and --reward-model {' '.join(args.reward_model)} are "
-           "both given; drop one of them.")
+    refuse(args.reward_model and args.reward_fn is not None, f"--reward-fn {args.reward_fn} and "
+           f"--reward-model {' '.join(args.reward_model)} are both given; drop one of them.")
     refuse(args.reward_fn is not None and ":" not in args.reward_fn,
            f"--reward-fn {args.reward_fn} names no function; give FILE.py:FUNCTION.")
     refuse(args.kl_in == "loss" and args.kl_estimator == "k1",
@@ -1598,12 +1568,9 @@ def resolve_args(args: Args) -> Args:
     refuse(args.device == "cuda" and not torch.cuda.is_available(),
            "--device cuda was asked for, but PyTorch sees no GPU; use --device cpu.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = f"{Path(args.dataset).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     return replace(
         args, device=device if args.device == "auto" else args.device, seed=args.seed % 2**60,
-        norm_scores=args.reward_fn is None if args.norm_scores is None else args.norm_scores,
-        critic_learning_rate=args.critic_learning_rate or 10 * args.learning_rate,
-        run_name=args.run_name or name)
+        critic_learning_rate=args.critic_learning_rate or 10 * args.learning_rate)
 
 
 # Metrics and log ----------------------------------------------------------------------------------
@@ -1652,6 +1619,13 @@ def evaluate(policy: Policy, reference: Policy, scorer: Scorer, data: Data, args
     return describe(rollout, records, args)
 
 
+def final_table(sft: Path | str, scorer: Scorer, data: Data, args: Args, log: "RunLog") -> None:
+    """Responses to the held-out prompts before PPO and after it."""
+    reference = load_policy(sft, args)  # the SFT model, also after --ref-update-interval
+    log.before_after(*(evaluate(load_policy(folder, args), reference, scorer, data, args)
+                       for folder in (sft, log.run_dir / "policy")))
+
+
 def means(records: list[dict]) -> dict[str, float]:
     """The mean of each number over records of the same keys."""
     return {name: fmean(record[name] for record in records)
@@ -1686,9 +1660,7 @@ class RunLog:
                                     purge_step=done * self.args.batch_size + 1)
         with open(self.folder / "metrics.jsonl", "a+b") as file:
             file.seek(0)
-            for _ in range(done):
-                file.readline()
-            file.truncate()
+            file.truncate(sum(len(file.readline()) for _ in range(done)))
 
     def scalars(self, group: str, values: dict[str, float], number: int) -> None:
         """One point on each curve of TensorBoard."""
