@@ -28,17 +28,17 @@ import memory  # benchmarks/memory.py
 REINFORCE = {"update_epochs": 1, "gae_lambda": 1.0, "vf_coef": 0.0}
 METHODS = {  # name: networks held, patch, settings (also defaults that the patch changes), colour
     "PPO": (3, "", {}, common.BLUE),
-    "PPO, separate critic": (4, "", {"critic": "separate"}, "#85c1e9"),
+    "PPO separate critic": (4, "", {"critic": "separate"}, "#85c1e9"),
     "GRPO": (3, "grpo", {"kl_in": "loss", "kl_estimator": "k3"}, common.GREEN),
     "RLOO": (3, "rloo", {}, "#b7950b"),
     "REINFORCE": (3, "", REINFORCE | {"minibatch_size": 128, "learning_rate": 3e-3}, common.GREY),
-    "DPO, β 0.03": (2, "dpo", {"kl_coef": 0.03}, "#e59866"),
-    "DPO, β 0.1": (2, "dpo", {"kl_coef": 0.1}, common.RED),
-    "DPO, β 0.3": (2, "dpo", {"kl_coef": 0.3}, "#78281f"),
+    "DPO β 0.03": (2, "dpo", {"kl_coef": 0.03, "learning_rate": 2e-4}, "#e59866"),
+    "DPO β 0.1": (2, "dpo", {"kl_coef": 0.1, "learning_rate": 2e-4}, common.RED),
+    "DPO β 0.3": (2, "dpo", {"kl_coef": 0.3, "learning_rate": 2e-4}, "#78281f"),
     "LoRA": (3, "lora", {"learning_rate": 1e-3, "critic_learning_rate": 1e-2}, "#7d3c98"),
 }
 BANDIT = {"PPO": ("", {}), "RLOO": ("rloo", {}), "DPO": ("dpo", {}), "GRPO": ("grpo", {}),
-          "GRPO, KL in the reward": ("grpo", {"kl_in": "reward", "kl_estimator": "k1"}),
+          "GRPO KL in the reward": ("grpo", {"kl_in": "reward", "kl_estimator": "k1"}),
           "REINFORCE": ("", REINFORCE | {"minibatch_size": 256, "learning_rate": 1e-2})}
 NUMBERS, KEYS = [1, 4, 16, 64], ["gold", "score", "kl", "grammatical"]
 TABLES = {"bandit": ["share", "kl", "kl_optimum", "total_variation"], "alone": [
