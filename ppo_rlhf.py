@@ -17,7 +17,7 @@ Stage 2  reward model  score(x, y); P(y₁ preferred to y₂) = sigmoid(score(x,
 Stage 3  PPO           π starts as π_ref; train_ppo repeats this iteration:
 
     prompt_batch        take the prompts of the iteration
-    collect_rollout     sample a response to each; read it with policy, critic and reference
+    collect_rollout     sample a response to each; compute its log-probabilities and values
     decode              turn the responses into text
     scorer              score the texts
     compute_advantages  turn scores and KL into rewards, rewards and values into advantages
@@ -29,10 +29,11 @@ A response is an episode, a token is an action, the tokens before it are the sta
 gradient* raises the log-probability of each sampled token in proportion to its *advantage*: how
 much more reward followed the token than was expected. The *critic* computes what is expected: its
 *value* is a forecast, made before each token, of the rewards still to come. It is trained towards
-the *return*, advantage + value. One rollout is used for several steps, and the further the policy
-moves, the less its old samples say about it. So each token has a *ratio* π_new / π_old, and one
-whose ratio has moved too far gives no more gradient (see policy_loss). "Old" is no further network:
-old_ are numbers that the policy itself gave before the update changed it.
+the *return*, advantage + value: an estimate of the rewards that did follow. One rollout is used for
+several steps, and the further the policy moves, the less its old samples say about it. So each
+token has a *ratio* π_new / π_old, and one whose ratio has moved too far gives no more gradient (see
+policy_loss). "Old" is no further network: old_ are numbers that the policy itself gave before the
+update changed it.
 
 Networks in stage 3: the policy; the reference, which stays as SFT left it; the critic, by default
 one linear layer on the policy; the reward model.
@@ -45,7 +46,8 @@ one linear layer on the policy; the reward model.
     rewards        one number per token: −kl_coef · KL, and at the last token also the score, minus
                    missing_eos_penalty if the response has no EOS
     response_mask  True on the real tokens of a response, its EOS included
-    kl             policy to reference, in nats: per token in rewards, elsewhere per response
+    kl             policy to reference, in nats: per token in rewards and loss, elsewhere the sum
+                   of k1 over a response
 
 EOS ends a response and is its last real token; a response that is cut at the length limit has none.
 BOS stands in front of a prompt, once, if tokenizer or template puts it there. PAD fills unused
@@ -156,7 +158,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
 
     Aₜ = δₜ + γλ·Aₜ₊₁,  δₜ = rₜ + γ·Vₜ₊₁ − Vₜ;  A and V are 0 after the last response token.
     δₜ is the surprise of one token: its reward and the next forecast, minus the forecast before it.
-    With λ = 0 that is the advantage; with λ = 1 it is all future rewards, discounted, minus Vₜ.
+    With λ = 0, Aₜ = δₜ; with λ = 1, Aₜ = rₜ + γ·rₜ₊₁ + γ²·rₜ₊₂ + … − Vₜ.
 
     Args: rewards, values, mask (batch, response_len). Returns: advantages, and returns Aₜ + Vₜ, of
     the same shape, 0 in the padding. Source: PPO paper (1707.06347), eqs. 11-12; 1506.02438."""
@@ -178,9 +180,9 @@ def policy_loss(new_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, 
     """The clipped surrogate, negated: −E[ min(ratio·A, clip(ratio, 1 − ε, 1 + ε)·A) ].
 
     ratio = π_new / π_old compares with the policy that sampled, not with the reference. While it
-    is 1, the gradient is the policy gradient, that of −E[ A · log π ]. Clipping removes the
-    gradient of a token whose ratio has moved past 1 ± ε in the direction that its advantage
-    favours. It bounds nothing else: other tokens' gradients can still move the ratio further.
+    is 1, the gradient is the policy gradient, that of −E[ A · log π ]. Clipping removes a token's
+    gradient if A > 0 and ratio > 1 + ε, or A < 0 and ratio < 1 − ε. It bounds nothing else: other
+    tokens' gradients can still move the ratio further.
 
     Args: (batch, response_len) each; clip_coef is ε. Returns: loss; clipfrac, the share of tokens
     whose gradient is removed. Source: PPO paper, eq. 7."""
@@ -210,9 +212,9 @@ def value_loss(new_values: Tensor, old_values: Tensor, returns: Tensor, mask: Te
 
 
 def adaptive_kl_coef(kl_coef: float, observed_kl: float, kl_target: float) -> float:
-    """β ← β·(1 + ½·clip(KL / target − 1, −0.2, 0.2)): at most 10 % up or down per iteration.
+    """kl_coef · (1 + ½·clip(KL / target − 1, −0.2, 0.2)): at most 10 % up or down per iteration.
 
-    Both KLs in nats per response. Source: Ziegler 2019 (1909.08593), sec. 2.2, with 0.1 for ½."""
+    Both KLs in nats per response. Source: Ziegler 2019 (1909.08593), sec. 2.2, where ½ is 0.1."""
     error = max(-0.2, min(0.2, observed_kl / kl_target - 1))
     return kl_coef * (1 + 0.5 * error)
 
@@ -222,8 +224,8 @@ def adaptive_kl_coef(kl_coef: float, observed_kl: float, kl_target: float) -> fl
 
 @dataclass
 class Args:
-    """All settings. None means: not used, or the first number in [ ] for a small new model and the
-    second for a given one. Begin with dataset, policy_model, total_episodes, kl_coef and seed."""
+    """All settings. None: see the comment, else not used; [a, b]: a for a small new model, b for a
+    given one. Begin with dataset, policy_model, total_episodes, kl_coef and seed."""
 
     # Data
     dataset: str = "reviews"  # the embedded task; or a Hub id, a jsonl(.gz) or a parquet file
@@ -240,7 +242,7 @@ class Args:
     reward_fn: str | None = None  # FILE.py:FUNCTION gives the scores; stage 2 is then skipped
     num_reward_models: int = 1  # how many stage 2 trains; several score as an ensemble
     ensemble_coef: float = 1.0  # the score of an ensemble is its mean minus this times its std
-    norm_scores: bool | None = None  # to mean 0, std 1 on SFT samples; None: all but --reward-fn's
+    norm_scores: bool | None = None  # to mean 0, std 1 on SFT samples; None: if no --reward-fn
     sft_epochs: int = 1  # passes over the demonstrations; 0: skip stage 1
     sft_learning_rate: float | None = None  # of stage 1, at its beginning; falls to 0 [3e-3, 1e-5]
     reward_epochs: int = 1  # passes over the comparisons
@@ -266,9 +268,9 @@ class Args:
     max_grad_norm: float = 1.0  # gradients are scaled down to this global norm
     target_kl: float | None = None  # end an update if an epoch's approx_kl is above: nats per token
 
-    # With --kl-in reward, k1 gives PPO the gradient of the KL of responses. With --kl-in loss, k2
-    # has the gradient of each token's KL(π ‖ π_ref), and k3 that of KL(π_ref ‖ π), as in GRPO;
-    # there kl_coef weighs a mean per token, in rewards a sum per response.
+    # --kl-in reward: k1 gives PPO the gradient of the KL in J; kl_coef weighs a sum per response.
+    # --kl-in loss: kl_coef weighs a mean per token; k2 has the gradient of each token's
+    # KL(π ‖ π_ref), k3 that of KL(π_ref ‖ π), as in GRPO; k1 one that averages 0, so it is refused.
     kl_coef: float = 0.05  # weight of the KL, per nat
     kl_in: Literal["reward", "loss"] = "reward"  # subtract it from rewards, or add it to the loss
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # see kl_penalty
@@ -307,7 +309,7 @@ class Rollout:
 
     Column t of the fields below belongs to response token t. Its log-probability and value are read
     one sequence column earlier, in the state in which it is chosen; so the first value is computed
-    from the prompt alone. Demonstrations have only the first four fields."""
+    from the prompt alone. encode fills only the first four fields."""
 
     sequence_ids: Tensor  # (batch, seq_len)
     sequence_mask: Tensor  # (batch, seq_len), bool
@@ -356,7 +358,7 @@ class Policy(nn.Module):
                          past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
     def output_layer(self, temperature: float) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the logits / temperature."""
+        """Weight and bias / T, for logits / T = (hidden / T) · weightᵀ + bias / T."""
         head = self.lm.get_output_embeddings()
         bias = self.vocab_bias if head.bias is None else self.vocab_bias + head.bias
         return head.weight, bias / temperature
@@ -433,7 +435,7 @@ def sample_tokens(policy: Policy, prompts: Rollout, noise: Tensor, temperature: 
         # Take the first token whose cumulative probability exceeds noise · sum; noise is below 1.
         threshold = noise[:, t - prompt_len, None] * cumulative[:, -1:]  # (batch, 1)
         sampled = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
-        sampled = sampled.clamp(max=cumulative.shape[1] - 1)  # of NaN; optimizer_step will say so
+        sampled = sampled.clamp(max=cumulative.shape[1] - 1)  # of NaN, which optimizer_step reports
         ids[:, t] = torch.where(ended, pad_id, sampled)
         mask[:, t] = ~ended  # EOS is a real token, what follows it is padding
         ended |= torch.isin(ids[:, t], eos_ids)
@@ -448,7 +450,8 @@ def sample_tokens(policy: Policy, prompts: Rollout, noise: Tensor, temperature: 
 def collect_rollout(policy: Policy, reference: Policy | None, rows: list[dict], seed: int,
                     args: Args) -> Rollout:
     """Sample a response to the prompt of each row; if a reference is given, read it with policy,
-    critic and reference. Each process does its share of the rows; all get the whole rollout."""
+    critic and reference. Each process does its share of the rows; all get the whole rollout, in
+    the order of rows."""
     # Drawn on the CPU and for all rows, so that N processes sample what one would sample.
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(len(rows), args.response_len, generator=generator)
@@ -458,8 +461,7 @@ def collect_rollout(policy: Policy, reference: Policy | None, rows: list[dict], 
         sampled = sample_tokens(policy, prompts, noise, args.temperature)
     parts = split_rows(sampled, args.microbatch_size)
     if reference is not None:
-        # Without the sampler's cache, as in the update: it rounds differently, and with its
-        # numbers the ratio would not start at 1.
+        # Not from the sampler: its cache rounds differently, so the ratio would not start at 1.
         for part in parts:
             part.old_logprobs, part.old_values, _ = policy(part, args.temperature)
             part.ref_logprobs, _, _ = reference(part, args.temperature)
@@ -467,10 +469,10 @@ def collect_rollout(policy: Policy, reference: Policy | None, rows: list[dict], 
 
 
 def make_critic(policy: Policy, scorer: "Scorer", mean_return: float, args: Args) -> Critic:
-    """V starts at mean_return, that of the SFT policy (see measure_scores): an error common to all
-    values would drown the advantages. A separate critic starts as the reward model of stage 2, so
-    that V is the normalised score of the text so far (Stiennon 2020, 2009.01325), or as the SFT
-    model if there is none."""
+    """V starts at the SFT policy's mean_return (see measure_scores): an error common to all values
+    would drown the advantages. But a separate critic after stage 2 starts as its first model:
+    V = (raw score − offset) / scale of the text so far (Stiennon 2020, 2009.01325). Without a
+    stage 2 its trunk is the SFT model's."""
     trunk, weight, bias = None, 0.0, mean_return
     if args.critic == "separate":
         trunk = policy.lm.base_model
@@ -488,7 +490,7 @@ def compute_advantages(rollout: Rollout, kl_coef: float, args: Args) -> tuple[Te
     """Advantages and returns (batch, response_len) from scores, KL and values.
 
     Rewards get no gradient, although their KL depends on π. With k1 nothing is lost: the missing
-    term is kl_coef · E[ ∇ log π ] = kl_coef · Σ π·∇ log π = kl_coef · ∇ Σ π = kl_coef · ∇ 1 = 0."""
+    term is kl_coef · E[ ∇ log π ] = kl_coef · Σ π·∇ log π = kl_coef · ∇ Σ π = 0."""
     mask = rollout.response_mask
     kl = kl_penalty(rollout.old_logprobs, rollout.ref_logprobs, args.kl_estimator)
     rewards = token_rewards(rollout.scores, kl, mask, kl_coef if args.kl_in == "reward" else 0.0)
@@ -531,11 +533,11 @@ def ppo_loss(policy: Policy, batch: Rollout, kl_coef: float, args: Args) -> dict
 
 def accumulate_gradients(loss_fn: Callable, batch, coef: float, args: Args) -> dict[str, Tensor]:
     """Add the gradients of coef · loss_fn(batch), a microbatch at a time. Returns: statistics of
-    this process; number r of n takes the rows r, r + n, …
+    this process; process r of n takes the rows r, r + n, …
 
-    A loss is a mean over terms (response tokens, or comparisons), so a microbatch counts by its
-    share of them. A process without a row reads the first one with weight 0: it then has the same
-    statistics to merge as the others."""
+    A loss is a mean over terms (response tokens, or comparisons), so that of a microbatch weighs
+    terms here / terms in batch. A process without rows reads row 0 with weight 0, so that all have
+    the same statistics."""
     stats, (rank, num_processes) = {}, processes()
     own_rows = batch[rank::num_processes]
     for part in split_rows(own_rows or batch[:1], args.microbatch_size):
@@ -618,7 +620,7 @@ def train_ppo(sft: Path | str, scorer: "Scorer", data: "Data", args: Args, log: 
         stats |= {"kl_coef": kl_coef, "learning_rate": optimizer.param_groups[0]["lr"]}
         log.iteration(iteration, records, stats, times)
 
-        kl = fmean(record["kl"] for record in records)
+        kl = fmean(record["kl"] for record in records)  # of a response: the sum of k1
         if args.max_kl is not None and kl > args.max_kl:
             print(f"ppo          ends: the KL, {kl:.2f} nats, is above --max-kl")
             break  # what was saved last remains
@@ -663,9 +665,9 @@ def fit(log: "RunLog", model, loss_fn, to_batch, rows: list, epochs: int, peak: 
         minibatches += epoch[: max(1, len(rows) // args.minibatch_size)]
     model.train()
     bar = tqdm(minibatches, log.stage, file=sys.stdout, disable=None)  # on a terminal only
-    for number, rows in enumerate(bar, start=1):
+    for number, batch in enumerate(bar, start=1):
         set_learning_rates(optimizer, number, len(minibatches))
-        stats = accumulate_gradients(lambda part: loss_fn(model, part), to_batch(rows), 1.0, args)
+        stats = accumulate_gradients(lambda part: loss_fn(model, part), to_batch(batch), 1.0, args)
         log.scalars(log.stage, optimizer_step(model, optimizer, stats, args), number)
     model.eval()
 
