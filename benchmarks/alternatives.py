@@ -26,16 +26,17 @@ import common  # benchmarks/common.py
 import memory  # benchmarks/memory.py
 
 REINFORCE = {"update_epochs": 1, "gae_lambda": 1.0, "vf_coef": 0.0}
-METHODS = {  # name: networks held, patch, settings (also defaults that the patch changes), colour
+METHODS = {  # name: networks held, patch, settings (also the patch's defaults), colour
     "PPO": (3, "", {}, common.BLUE),
     "PPO separate critic": (4, "", {"critic": "separate"}, "#85c1e9"),
-    "GRPO": (3, "grpo", {"kl_in": "loss", "kl_estimator": "k3"}, common.GREEN),
-    "RLOO": (3, "rloo", {}, "#b7950b"),
+    "GRPO": (3, "grpo", {"kl_in": "loss", "kl_estimator": "k3", "group_size": 8}, common.GREEN),
+    "RLOO": (3, "rloo", {"group_size": 4}, "#b7950b"),
     "REINFORCE": (3, "", REINFORCE | {"minibatch_size": 128, "learning_rate": 3e-3}, common.GREY),
     "DPO β 0.03": (2, "dpo", {"kl_coef": 0.03, "learning_rate": 2e-4}, "#e59866"),
     "DPO β 0.1": (2, "dpo", {"kl_coef": 0.1, "learning_rate": 2e-4}, common.RED),
     "DPO β 0.3": (2, "dpo", {"kl_coef": 0.3, "learning_rate": 2e-4}, "#78281f"),
-    "LoRA": (3, "lora", {"learning_rate": 1e-3, "critic_learning_rate": 1e-2}, "#7d3c98"),
+    "LoRA": (3, "lora", {"learning_rate": 1e-3, "critic_learning_rate": 1e-2, "lora_rank": 8,
+                         "lora_alpha": 16.0}, "#7d3c98"),
 }
 BANDIT = {"PPO": ("", {}), "RLOO": ("rloo", {}), "DPO": ("dpo", {}), "GRPO": ("grpo", {}),
           "GRPO KL in the reward": ("grpo", {"kl_in": "reward", "kl_estimator": "k1"}),
@@ -46,9 +47,8 @@ TABLES = {"bandit": ["share", "kl", "kl_optimum", "total_variation"], "alone": [
 
 
 def patched(patch, folder):
-    """A copy of ppo_rlhf.py with variants/PATCH.patch, in a folder outside the repository."""
-    path = Path(tempfile.mkdtemp(dir=folder), "ppo_rlhf.py")
-    shutil.copy(common.ROOT / "ppo_rlhf.py", path)
+    """The committed ppo_rlhf.py with variants/PATCH.patch, in a folder outside the repository."""
+    path = common.edition("ppo_rlhf.py", "HEAD", tempfile.mkdtemp(dir=folder))
     if patch:
         patch = common.ROOT / "benchmarks" / "variants" / f"{patch}.patch"
         subprocess.run(["git", "apply", patch], cwd=path.parent, check=True)
@@ -60,18 +60,17 @@ def embedded(job, folder):
     if job["method"] == "best of n":
         return best_of(Path(job["stages"]), job["seed"])
     _, patch, settings, _ = METHODS[job["method"]]
-    run_dir = folder / "run"
     for name in ("sft", "reward_model"):
-        shutil.copytree(Path(job["stages"], name), run_dir / name)
+        shutil.copytree(Path(job["stages"], name), folder / "run" / name)
     saved = json.loads(Path(job["stages"], "args.json").read_text()) | {"total_episodes": 6400}
-    (run_dir / "args.json").write_text(json.dumps(saved | settings))
-    common.run_python(patched(patch, folder), "--resume", run_dir)
-    metrics = common.read_metrics(run_dir)
+    (folder / "run" / "args.json").write_text(json.dumps(saved | settings))
+    common.run_python(patched(patch, folder), "--resume", folder / "run")
+    metrics = common.read_metrics(folder / "run")
     if job["kind"] == "alone":
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
         return {part: round(sum(x[f"perf/{part}"] for x in metrics), 1) for part in (
             "rollout_s", "score_s", "update_s")} | {"peak_gb": round(peak, 3)}
-    with open(run_dir / "before_after.jsonl") as file:
+    with open(folder / "run" / "before_after.jsonl") as file:
         after = [json.loads(line)["ppo"] for line in file]
     return {"held_out": {key: round(mean(x[key] for x in after), 3) for key in KEYS},
             "curves": {key: [round(x[f"rollout/{key}"], 3) for x in metrics] for key in KEYS}}
@@ -100,7 +99,8 @@ def alone(job, folder):
     found = embedded(job, folder) | {"networks": networks}
     if patch != "dpo":  # memory.py has no comparisons
         common.import_ppo_rlhf(patched(patch, folder).parent)  # memory.py then measures this one
-        memory.SETTINGS["this"] = {key: x for key, x in settings.items() if "size" not in key}
+        memory.SETTINGS["this"] = {key: 2 if key == "group_size" else x  # of two responses
+                                   for key, x in settings.items() if key != "minibatch_size"}
         found |= memory.measure({"setting": "this"})
     return found
 
