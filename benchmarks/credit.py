@@ -66,7 +66,7 @@ def one_run(job):
     ppo.compute_advantages = recorded
     with tempfile.TemporaryDirectory() as folder:
         ppo.main(ppo.Args(output_dir=folder, run_name="run", device="cpu", **job))
-    ms = {x: round(1000 / 49 * (snapshots[-1][x] - snapshots[0][x]), 1) for x in snapshots[0]}
+    ms = {x: round(1000 / 49 * (snapshots[-1][x] - snapshots[0][x]), 1) for x in snapshots[-1]}
     return {"ms": ms} if alone else found
 
 

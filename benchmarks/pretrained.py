@@ -107,7 +107,7 @@ def main():
             axes[0, 2].plot(["before", "after"], x["perplexity"], **look)
         axes[0, 0].set(title="score: sentiment of the response", xlabel="episodes")
         axes[0, 1].set(title="KL, nats per response", xlabel="episodes", yscale="symlog")
-        axes[0, 2].set(title="perplexity of what it wrote before PPO", yscale="log")
+        axes[0, 2].set(title="perplexity of what it wrote before PPO")
         axes[0, 2].legend()
 
 
