@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,11 +38,9 @@ def make_config(family, **changes):
     sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
              "num_attention_heads": 2, "max_position_embeddings": 64, "attention_dropout": 0.1,
              "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.5}
-    gpt2 = {"vocab_size": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64,
-            "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.5}
     grouped = sizes | {"num_key_value_heads": 1, "head_dim": 8}
     own = {
-        "GPT2": gpt2, "GPTNeoX": sizes | {"hidden_dropout": 0.1},
+        "GPT2": sizes, "GPTNeoX": sizes | {"hidden_dropout": 0.1},
         "Llama": sizes | {"num_key_value_heads": 1}, "Qwen2": sizes | {"num_key_value_heads": 1},
         "Gemma2": grouped | {"final_logit_softcapping": 3.0},
         "Qwen3Next": grouped | {  # a hybrid: a layer of linear attention, then a usual one
@@ -52,21 +51,18 @@ def make_config(family, **changes):
     return getattr(transformers, f"{family}Config")(**(own.get(family, grouped) | changes))
 
 
-def make_lm(family="Llama", seed=0, **changes):
+def make_lm(family="Llama", seed=0, kind="CausalLM", **changes):
     """A random language model."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(make_config(family, **changes)).eval()
+    auto_class = getattr(transformers, f"AutoModelFor{kind}")
+    return auto_class.from_config(make_config(family, **changes)).eval()
 
 
-def make_reward_model(family="Llama", seed=0, **changes):
+def make_reward_model(*which, **changes):
     """A random sequence classifier with one output."""
-    from transformers import AutoModelForSequenceClassification
-
-    torch.manual_seed(seed)
-    config = make_config(family, **({"num_labels": 1} | changes))
-    return AutoModelForSequenceClassification.from_config(config).eval()
+    return make_lm(*which, **({"kind": "SequenceClassification", "num_labels": 1} | changes))
 
 
 def make_policy(lm=None, tokenizer=None, **settings):
@@ -101,19 +97,22 @@ def policy_folder(folder):
     return save(folder / "policy", model, make_tokenizer())
 
 
+# 32 comparisons of short texts with ragged prompts, and a column for reward functions.
+PAIRS = [{"prompt": " ".join((WORDS * 2)[i % 9 : i % 9 + 1 + i % 4]), "answer": i,
+          "chosen": " the plot was good .", "rejected": " bad bad bad"} for i in range(32)]
+
+
 @pytest.fixture(scope="session")
 def pairs_file(folder):
-    """32 comparisons of short texts with ragged prompts."""
-    prompts = [" ".join((WORDS * 2)[i % 9 : i % 9 + 1 + i % 4]) for i in range(32)]
-    rows = [{"prompt": x, "chosen": " the plot was good .", "rejected": " bad bad bad"}
-            for x in prompts]
-    return write_rows(folder / "pairs.jsonl", rows)
+    """A file of them."""
+    return write_rows(folder / "pairs.jsonl", PAIRS)
 
 
 # Settings of a run of two iterations that takes a second; tests replace what they are about.
 TINY = {"total_episodes": 16, "batch_size": 8, "minibatch_size": 4, "update_epochs": 2,
         "response_len": 6, "max_prompt_len": 4, "eval_prompts": 4, "learning_rate": 1e-2,
         "sft_learning_rate": 1e-3, "save_interval": 1, "device": "cpu"}
+ALONE = {"reward_learning_rate": None, "sft_epochs": 0, "sft_learning_rate": None}  # stage 3 alone
 
 
 @pytest.fixture
@@ -132,20 +131,27 @@ def write_rows(path, rows):
     return str(path)
 
 
+def read_rows(path):
+    """The rows of a jsonl file; none if there is no such file."""
+    return [json.loads(x) for x in Path(path).open()] if Path(path).exists() else []
+
+
 def read_curves(folder):
-    """What TensorBoard has of a run: {name: [(step, value), …]}."""
+    """What TensorBoard has of a run, oldest file first: {name: [(step, value), …]}."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    parts = [EventAccumulator(str(x)).Reload() for x in Path(folder).rglob("events*")]
-    return {name: [(point.step, point.value) for point in part.Scalars(name)]
-            for part in parts for name in part.Tags()["scalars"]}
+    curves = defaultdict(list)
+    for path in sorted(Path(folder).rglob("events*"), key=lambda x: x.stat().st_mtime_ns):
+        events = EventAccumulator(str(path)).Reload()
+        for name in events.Tags()["scalars"]:
+            curves[name] += [(point.step, point.value) for point in events.Scalars(name)]
+    return dict(curves)
 
 
-def read_metrics(args):
+def read_metrics(folder):
     """metrics.jsonl of a run, without what the clock and the machine decide."""
-    lines = Path(args.output_dir, args.run_name, "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if "perf" not in k}
-            for line in lines]
+    return [{key: x for key, x in row.items() if "perf" not in key}
+            for row in read_rows(Path(folder, "metrics.jsonl"))]
 
 
 def run(args, **changes):
@@ -154,4 +160,4 @@ def run(args, **changes):
 
     args = replace(args, **changes)
     main(args)
-    return read_metrics(args)
+    return read_metrics(Path(args.output_dir, args.run_name))

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_lm, make_reward_model, save
+from conftest import make_lm, make_reward_model, save, write_rows
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
@@ -67,9 +67,8 @@ def read_by(reward_model, policy, rows, responses, ended):
 
 def answers_used(policy_folder, path, rows):
     """The answers of those rows of a file that are used."""
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    data = load_data(settings(dataset=str(path), policy_model=policy_folder, eval_prompts=0,
-                              reward_model=("unused",)))
+    data = load_data(settings(dataset=write_rows(path, rows), policy_model=policy_folder,
+                              eval_prompts=0, reward_model=("unused",)))
     return [row["chosen"] for row in data.demonstrations]
 
 
@@ -252,28 +251,29 @@ def test_the_table_of_dropped_dialogues_is_what_transformers_says():
 
 
 @each_of(RIGHT)
-def test_a_demonstration_is_the_prompt_that_ppo_continues_and_the_rest_up_to_its_first_eos(
-        case, tmp_path):
+def test_prompt_demonstration_and_what_a_reward_model_reads_are_one_sequence(case, tmp_path):
     assert answers_used(case.folder, tmp_path / "data.jsonl", [case.row]) == [case.row["chosen"]]
     [prompt] = prompts_of(case.policy, [case.row])
     assert case.text(prompt) == case.text(case.start) == case.text(case.whole[: len(prompt)])
     [(found, response)] = demonstrations_of(case.policy, [case.row])
     assert case.text(found) == case.text(case.start + case.response)
     assert case.text(response) == case.text(case.response)
-
-
-@each_of(RIGHT)
-def test_after_the_response_of_a_demonstration_a_reward_model_reads_the_whole(case):
     [found] = read_by(case.reward_model, case.policy, [case.row], [case.response], [True])
     assert case.text(found) == case.text(case.whole)
 
 
 @each_of(RIGHT)
-def test_of_a_response_over_the_limit_the_first_tokens_are_learnt_and_scored_without_closing(case):
+def test_over_the_limit_a_response_is_cut_and_not_closed_and_a_prompt_keeps_bos_and_its_end(case):
     policy = load_policy(case.folder, settings(response_len=len(case.cuts[1])))
     assert demonstrations_of(policy, [case.row]) == [(case.start + case.cuts[1], case.cuts[1])]
     found = read_by(case.reward_model, policy, [case.row] * 2, case.cuts, [False] * 2)
     assert [case.text(x) for x in found] == [case.text(case.start + cut) for cut in case.cuts]
+    policy = load_policy(case.folder, settings(max_prompt_len=4))
+    bos = case.start[: case.start[0] == case.tokenizer.bos_token_id]
+    kept = bos + case.start[len(bos) :][-(4 - len(bos)) :]
+    assert prompts_of(policy, [case.row]) == [kept]
+    assert demonstrations_of(policy, [case.row]) == [(kept + case.response, case.response)]
+    assert read_by(case.reward_model, policy, [case.row], [case.response], [True]) == [case.whole]
 
 
 @each_of([(name, "drops a thought") for name in TOKENIZERS])
@@ -283,16 +283,6 @@ def test_a_sampled_thought_that_the_template_drops_is_not_scored_and_a_cut_one_r
     found = read_by(case.reward_model, case.policy, [case.row] * len(ids), cuts, [False] * len(ids))
     assert all(x[: len(case.start)] == case.start for x in found)
     assert case.text(found[-1]) == case.text(case.whole[:-1])  # without EOS
-
-
-@each_of(RIGHT)
-def test_of_a_long_prompt_bos_and_the_last_tokens_are_continued_and_all_is_scored(case):
-    policy = load_policy(case.folder, settings(max_prompt_len=4))
-    bos = case.start[: case.start[0] == case.tokenizer.bos_token_id]
-    kept = bos + case.start[len(bos) :][-(4 - len(bos)) :]
-    assert prompts_of(policy, [case.row]) == [kept]
-    assert demonstrations_of(policy, [case.row]) == [(kept + case.response, case.response)]
-    assert read_by(case.reward_model, policy, [case.row], [case.response], [True]) == [case.whole]
 
 
 # Rows of a file, and a batch of all dialogues ----------------------------------------------------

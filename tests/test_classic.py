@@ -5,10 +5,8 @@ episode and step it belongs to, and a second PPO, written plainly, that repeats 
 Run: python -m pytest tests/test_classic.py (20 seconds)
 """
 
-import io
 import math
 from collections import defaultdict
-from contextlib import redirect_stdout
 from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
@@ -99,16 +97,15 @@ for env_id, space in {
     gymnasium.register(env_id, entry_point=Counter, kwargs={"action_space": space})
 
 
-def small(folder):
-    """Settings of a run of two iterations on CartPole, 40 steps each."""
-    return ppo.Args(total_timesteps=80, num_envs=2, num_steps=20, num_minibatches=2,
-                    update_epochs=2, eval_episodes=1, output_dir=str(folder), run_name="run")
+# A run of two iterations on CartPole, 40 steps each.
+SMALL = ppo.Args(total_timesteps=80, num_envs=2, num_steps=20, num_minibatches=2, update_epochs=2,
+                 eval_episodes=1, run_name="run")
 
 
 @pytest.fixture
 def args(tmp_path):
-    """The same, in a folder of the test's own."""
-    return small(tmp_path)
+    """Its settings, with a folder of the test's own."""
+    return replace(SMALL, output_dir=str(tmp_path))
 
 
 def train(args, **changes):
@@ -131,7 +128,7 @@ def collect(agent, envs, args):
     return ppo.collect_rollout(agent, envs, ppo.RunningStats(1), args)
 
 
-# GAE ----------------------------------------------------------------------------------------------
+# Formulas -----------------------------------------------------------------------------------------
 
 def test_termination_drops_the_next_value_and_truncation_keeps_it():
     yes, no = torch.tensor([[True]]), torch.tensor([[False]])
@@ -140,24 +137,11 @@ def test_termination_drops_the_next_value_and_truncation_keeps_it():
     assert ppo.gae(*inputs, no, yes, 0.9, 0.95)[0].item() == 10.0  # 1 + 0.9·10
 
 
-def double_sum(deltas, done, decay):
-    """Aₜ = Σₗ (γλ)ˡ·δₜ₊ₗ, up to the end of the episode or of the rollout."""
-    advantages = torch.zeros_like(deltas)
-    for t, env in np.ndindex(*deltas.shape):
-        for k in range(t, len(deltas)):
-            advantages[t, env] += decay ** (k - t) * deltas[k, env]
-            if done[k, env]:
-                break
-    return advantages
-
-
-def test_gae_equals_the_double_sum_over_random_episode_ends():
-    torch.manual_seed(0)
-    rewards, values, next_values = torch.randn(3, 40, 4, dtype=torch.double)
-    terminated, truncated = torch.rand(2, 40, 4) < 0.1
-    advantages, _ = ppo.gae(rewards, values, next_values, terminated, truncated, 0.9, 0.8)
-    deltas = rewards + 0.9 * next_values * ~terminated - values
-    assert torch.allclose(advantages, double_sum(deltas, terminated | truncated, 0.9 * 0.8))
+def test_beta_halves_below_and_doubles_above_one_and_a_half_times_the_target():
+    assert ppo.adaptive_kl_beta(1.0, observed_kl=0.006, kl_target=0.01) == 0.5
+    assert ppo.adaptive_kl_beta(1.0, observed_kl=0.007, kl_target=0.01) == 1.0
+    assert ppo.adaptive_kl_beta(1.0, observed_kl=0.014, kl_target=0.01) == 1.0
+    assert ppo.adaptive_kl_beta(1.0, observed_kl=0.016, kl_target=0.01) == 2.0
 
 
 # Rollout ------------------------------------------------------------------------------------------
@@ -219,7 +203,7 @@ def test_gaussian_samples_have_the_mean_and_std_of_the_policy_for_normalised_obs
     assert np.allclose(agent.act(np.ones((1, 2)), greedy=True), mean)
 
 
-def test_the_first_weights_are_those_of_the_37_details(args):
+def test_the_first_weights_are_those_of_the_37_details_or_on_demand_those_of_pytorch(args):
     agent, _, _ = make("CartPole-v1", args)
     norms = {(agent.critic[0], math.sqrt(2 * 4)), (agent.critic[2], math.sqrt(2 * 64)),
              (agent.actor[0], math.sqrt(2 * 4)), (agent.actor[2], math.sqrt(2 * 64)),
@@ -228,9 +212,6 @@ def test_the_first_weights_are_those_of_the_37_details(args):
         assert math.isclose(layer.weight.norm().item(), norm, rel_tol=1e-5)
     probabilities = agent.actor(torch.randn(100, 4)).softmax(-1)
     assert (probabilities - 0.5).abs().max() < 0.01  # hardly prefers any action
-
-
-def test_without_orthogonal_init_both_networks_have_the_first_weights_of_pytorch(args):
     agent, _, _ = make("CartPole-v1", replace(args, orthogonal_init=False))
     for layer in (agent.actor[0], agent.actor[2], agent.critic[0], agent.critic[2]):
         limit = layer.in_features**-0.5  # uniform in ± this; orthogonal columns reach beyond it
@@ -257,15 +238,6 @@ def test_rewards_are_divided_by_the_std_of_their_discounted_sum_and_clipped_at_1
     rollout = collect(agent, envs, args)
     assert rollout.rewards.flatten().tolist() == rewards  # kept as they were
     assert rollout.returns[: len(scaled), 0].tolist() == pytest.approx(scaled)
-
-
-# Losses -------------------------------------------------------------------------------------------
-
-def test_beta_halves_below_and_doubles_above_one_and_a_half_times_the_target():
-    assert ppo.adaptive_kl_beta(1.0, observed_kl=0.006, kl_target=0.01) == 0.5
-    assert ppo.adaptive_kl_beta(1.0, observed_kl=0.007, kl_target=0.01) == 1.0
-    assert ppo.adaptive_kl_beta(1.0, observed_kl=0.014, kl_target=0.01) == 1.0
-    assert ppo.adaptive_kl_beta(1.0, observed_kl=0.016, kl_target=0.01) == 2.0
 
 
 # Runs repeated by a second PPO --------------------------------------------------------------------
@@ -303,6 +275,17 @@ def play(agent, worlds, args):
             worlds[i] = (env, env.reset()[0], []) if over else (env, next_obs, past)
     columns = map(np.array, zip(*rows, strict=True))
     return [torch.tensor(x).unflatten(0, (-1, len(worlds))) for x in columns]
+
+
+def double_sum(deltas, done, decay):
+    """Aₜ = Σₗ (γλ)ˡ·δₜ₊ₗ, up to the end of the episode or of the rollout."""
+    advantages = torch.zeros_like(deltas)
+    for t, env in np.ndindex(*deltas.shape):
+        for k in range(t, len(deltas)):
+            advantages[t, env] += decay ** (k - t) * deltas[k, env]
+            if done[k, env]:
+                break
+    return advantages
 
 
 def outputs(agent, obs):
@@ -398,24 +381,16 @@ def second_ppo(args):
     return agent, curves
 
 
-@pytest.fixture(scope="module", params=RUNS)
-def repeated(request, tmp_path_factory):
-    """Five iterations: agent and curves of the run, agent and curves of the second PPO."""
-    args = ppo.resolve_args(replace(small(tmp_path_factory.mktemp("repeated")), **({
+@pytest.mark.parametrize("name", RUNS)
+def test_weights_and_curves_are_those_of_a_second_ppo_and_have_cleanrls_names(args, name):
+    args = ppo.resolve_args(replace(args, **({
         "num_steps": 16, "learning_rate": 3e-3, "update_epochs": 3, "seed": 3,
-        "eval_episodes": 0} | RUNS[request.param])))
+        "eval_episodes": 0} | RUNS[name])))
     args = replace(args, total_timesteps=5 * args.batch_size)
-    return train(args), read_curves(Path(args.output_dir, "run")), *second_ppo(args)
-
-
-def test_five_iterations_end_with_the_weights_of_a_second_ppo(repeated):
-    first, second = repeated[0].state_dict(), repeated[2].state_dict()
+    first, (agent, expected) = train(args).state_dict(), second_ppo(args)
     for name in first.keys() - {"obs_norm.count"}:  # mean and variance of observations included
-        assert torch.allclose(first[name], second[name], rtol=1e-4, atol=1e-5), name
-
-
-def test_the_curves_are_those_of_a_second_ppo_and_have_the_names_of_cleanrl(repeated):
-    _, curves, _, expected = repeated
+        assert torch.allclose(first[name], agent.state_dict()[name], rtol=1e-4, atol=1e-5), name
+    curves = read_curves(Path(args.output_dir, "run"))
     assert curves.pop("charts/SPS") and set(curves) == set(expected)
     for name, points in expected.items():
         tolerance = 0.05 if name == "losses/vf_clipfrac" else 1e-5  # rounding decides near ties
@@ -430,37 +405,21 @@ def test_cartpole_is_learnt(args, capsys):
     assert float(last.split("return")[1].split()[0]) > 150  # a random policy: about 22
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of 41 iterations, saved after every second one and the last: settings, last line."""
-    args = replace(small(tmp_path_factory.mktemp("finished")), env_id="Pendulum-v1", num_envs=1,
-                   num_steps=8, total_timesteps=41 * 8, learning_rate=1e-2, anneal_lr=False,
-                   norm_reward=True, eval_episodes=2, seed=2)
-    with redirect_stdout(io.StringIO()) as output:
-        ppo.main(args)
-    return args, Path(args.output_dir, "run"), output.getvalue().splitlines()[-1]
-
-
-def test_the_saved_policy_is_the_last_one_and_evaluates_as_before(finished, capsys):
-    _, run_dir, line = finished  # seed 2: the replay knows it
+def test_a_saved_policy_is_the_last_one_evaluates_as_before_and_does_not_change(args, capsys):
+    # 41 iterations: saved after every second one, and after the last. Its folder knows seed 2.
+    agent = train(args, env_id="Pendulum-v1", num_envs=1, num_steps=8, total_timesteps=41 * 8,
+                  learning_rate=1e-2, anneal_lr=False, norm_reward=True, eval_episodes=2, seed=2)
+    line, run_dir = capsys.readouterr().out.splitlines()[-1], Path(args.output_dir, "run")
     ppo.main(ppo.Args(eval_only=run_dir, eval_episodes=2))
     assert capsys.readouterr().out.splitlines()[-1] == line and "2 episodes of Pendulum" in line
-
-
-def test_an_evaluation_needs_no_reward_statistics_and_changes_none_of_the_observations(finished):
-    args, run_dir, _ = finished
-    assert set(torch.load(run_dir / "model.pt")) == {"args", "agent"}
-    agent, _ = ppo.load_agent(run_dir)
-    before = deepcopy(agent.state_dict())
-    ppo.evaluate(agent, args, run_dir)
-    assert before["obs_norm.count"] == 41 * 8
-    assert all(torch.equal(x, before[name]) for name, x in agent.state_dict().items())
-
-
-def test_an_evaluation_of_no_episodes_is_refused(finished, capsys):
     with pytest.raises(SystemExit):
-        ppo.main(ppo.Args(eval_only=finished[1], eval_episodes=0))
+        ppo.main(ppo.Args(eval_only=run_dir, eval_episodes=0))
     assert "--eval-episodes 0 leaves --eval-only" in capsys.readouterr().err
+    assert set(torch.load(run_dir / "model.pt")) == {"args", "agent"}  # no reward statistics
+    before = deepcopy(agent.state_dict())
+    ppo.evaluate(agent, replace(args, env_id="Pendulum-v1"), run_dir)
+    assert before["obs_norm.count"] == 41 * 8  # of training, not of its evaluation
+    assert all(torch.equal(x, before[name]) for name, x in agent.state_dict().items())
 
 
 @pytest.mark.parametrize(("rewards", "error"), [
@@ -546,15 +505,12 @@ CHANGES_KL = {"kl_beta": 50.0, "kl_target": 1e-9}  # of the run with --policy-lo
 ELSEWHERE = {"device", "eval_episodes", "eval_only", "capture_video", "output_dir", "run_name"}
 
 
-def test_every_flag_is_in_one_of_the_tests_below():
-    assert {x.name for x in fields(ppo.Args)} == {*CHANGES, *CHANGES_KL, *ELSEWHERE}
-
-
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     """Two runs, one with clipping and one with a KL penalty: settings and weights."""
     # A first rollout far from the optimum: large steps, so that clipping has something to do.
-    args = replace(small(tmp_path_factory.mktemp("bases")), learning_rate=1e-2, eval_episodes=0)
+    args = replace(SMALL, learning_rate=1e-2, eval_episodes=0,
+                   output_dir=str(tmp_path_factory.mktemp("bases")))
     found = {}
     for policy_loss in ("clip", "kl-adaptive"):
         settings = replace(args, policy_loss=policy_loss, run_name=f"base-{policy_loss}")
@@ -562,7 +518,7 @@ def bases(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("name", [*CHANGES, *CHANGES_KL])
+@pytest.mark.parametrize("name", [x.name for x in fields(ppo.Args) if x.name not in ELSEWHERE])
 def test_each_flag_changes_the_trained_weights(bases, name):
     args, base = bases["kl-adaptive" if name in CHANGES_KL else "clip"]
     changed = train(args, run_name=name, **{name: (CHANGES | CHANGES_KL)[name]})
@@ -607,7 +563,7 @@ def test_the_settings_follow_the_action_space_and_flags_override_them():
 def test_bad_input_is_refused_in_one_sentence_before_training(tmp_path, capsys, changes, words):
     (tmp_path / "runs" / "taken").mkdir(parents=True)
     with pytest.raises(SystemExit) as stopped:
-        ppo.main(replace(small(tmp_path / "runs"), **changes))
+        ppo.main(replace(SMALL, **{"output_dir": str(tmp_path / "runs")} | changes))
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and words in message and message.count("\n") == 1
     assert {x.name for x in tmp_path.rglob("*")} == {"runs", "taken"}  # nothing was written

@@ -69,8 +69,7 @@ def texts(rows):
     ({"prompt": "a", "chosen": ". good"}, "a", [". good"]),
     ({"prompt": "日本", "chosen": "語"}, "日本", ["語"])])
 def test_every_format_gives_prompt_and_answers_and_other_columns_stay_and_are_named(
-    load, capsys, row, prompt, sides
-):
+        load, capsys, row, prompt, sides):
     data = load([row | {"answer": 7}])
     found = (data.prompts, data.demonstrations, data.comparisons)
     assert [len(rows) for rows in found] == [1, len(sides) > 0, len(sides) > 1]
@@ -175,8 +174,7 @@ def test_no_prompt_is_on_both_sides_and_at_most_a_quarter_is_held_out(load, want
 @pytest.mark.parametrize(("letter", "number", "held_out"), [
     ("a", 50, 10), ("b", 40, 10), ("b", 39, 9)])
 def test_demonstrations_of_held_out_prompts_are_held_out_and_of_others_at_most_a_quarter(
-    load, tmp_path, letter, number, held_out
-):
+        load, tmp_path, letter, number, held_out):
     rows = [{"prompt": f"{letter} {i}", "completion": " good"} for i in reversed(range(number))]
     data = load(ROWS, sft_dataset=write_rows(tmp_path / "sft.jsonl", rows), eval_prompts=10)
     assert not prompts_of(data) & prompts_of(data.held_out)

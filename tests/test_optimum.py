@@ -42,18 +42,12 @@ def test_the_probabilities_of_all_responses_sum_to_one(tables):
     assert torch.allclose(probabilities.sum(dim=1), torch.ones(8, dtype=torch.double))
 
 
-def test_the_optimum_is_beta_log_of_the_mean_of_exp_reward_over_beta(tables):
+def test_the_optimum_is_beta_log_mean_exp_reward_over_beta_and_its_policy_has_the_weights(tables):
     reference, rewards = tables
     all_rewards = torch.cat(rewards, dim=1)  # (prompts, responses), in the same order
-    mean = (bandit.response_probabilities(reference) * (all_rewards / BETA).exp()).sum(dim=1)
-    best, _ = bandit.optimum(reference, rewards, BETA)
-    assert best == pytest.approx((BETA * mean.log()).mean().item())
-
-
-def test_the_optimal_policy_is_the_reference_times_exp_reward_over_beta(tables):
-    reference, rewards = tables
-    weights = bandit.response_probabilities(reference) * (torch.cat(rewards, 1) / BETA).exp()
+    weights = bandit.response_probabilities(reference) * (all_rewards / BETA).exp()
     best, policy = bandit.optimum(reference, rewards, BETA)
+    assert best == pytest.approx((BETA * weights.sum(dim=1).log()).mean().item())
     probabilities = bandit.response_probabilities(policy)
     assert torch.allclose(probabilities, weights / weights.sum(dim=1, keepdim=True))
     assert bandit.objective(policy, reference, rewards, BETA).item() == pytest.approx(best)

@@ -15,10 +15,11 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
 import transformers
-from conftest import TINY, make_lm, make_reward_model, make_tokenizer, read_curves, save, write_rows
+from conftest import make_lm, make_reward_model, make_tokenizer, read_curves, save, write_rows
 
 import ppo_rlhf
 from ppo_rlhf import Args, gold_reward, load_data, main, resolve_args
@@ -49,32 +50,27 @@ OTHER_IDS = ["d", "c", "b", "a", ",", ".", "bad", "good", "dull", "was", "plot",
 
 # Settings of a run of all three stages that takes half a second, and of stage 3 alone, where the
 # policy is given, and so is a reward function. Names are those of files in the folder `here`.
-STAGES = Args(**TINY | {"total_episodes": 32}, dataset="pairs.jsonl", policy_model="policy",
-              output_dir="runs", reward_learning_rate=1e-3)
-ALONE = {"reward_learning_rate": None, "sft_epochs": 0, "sft_learning_rate": None}
-PPO = replace(STAGES, **ALONE, reward_fn="rewards.py:letters", eval_prompts=0, total_episodes=16)
+STAGES = Args(**conftest.TINY | {"total_episodes": 32}, dataset="pairs.jsonl", output_dir="runs",
+              policy_model="policy", reward_learning_rate=1e-3)
+PPO = replace(STAGES, **conftest.ALONE, reward_fn="rewards.py:letters", eval_prompts=0,
+              total_episodes=16)
 REVIEWS = Args(sft_dataset="reviews.jsonl", num_comparisons=96, response_len=16, batch_size=64,
                total_episodes=128, update_epochs=1, learning_rate=1e-3, eval_prompts=16,
                output_dir="runs", device="cpu")
 
 
-def read_rows(path):
-    """The rows of a jsonl file; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 @pytest.fixture(scope="module", autouse=True)
-def here(tmp_path_factory, pairs_file):
+def here(tmp_path_factory):
     """A folder with data, models, reward functions and a run, in which the tests run."""
-    pairs = [row | {"answer": i} for i, row in enumerate(read_rows(Path(pairs_file)))]
-    lm = make_lm("GPT2", n_layer=1)  # with dropout, and a generation config that PPO must ignore
+    lm = make_lm("GPT2", num_hidden_layers=1)  # with dropout; PPO ignores its generation config
     lm.generation_config.update(do_sample=True, top_p=0.3, repetition_penalty=2.0)
     with pytest.MonkeyPatch.context() as context:
         context.chdir(tmp_path_factory.mktemp("here"))
         Path("my_words.py").write_text("WORD = 'good'")
         Path("rewards.py").write_text(REWARDS)
-        write_rows("pairs.jsonl", pairs)
-        write_rows("other.jsonl", [x | {"chosen": " a b", "rejected": " a"} for x in pairs[::-2]])
+        write_rows("pairs.jsonl", conftest.PAIRS)
+        write_rows("other.jsonl", [x | {"chosen": " a b", "rejected": " a"}
+                                   for x in conftest.PAIRS[::-2]])
         save("policy", lm, make_tokenizer(pad_token="[EOS]"))
         save("other_policy", make_lm("GPT2"), make_tokenizer())
         save("reward_model", make_reward_model(), make_tokenizer(OTHER_IDS))
@@ -89,14 +85,14 @@ def start(args, **changes):
     with contextlib.redirect_stdout(io.StringIO()) as console:
         main(args)
     folder, console = Path("runs", args.run_name), console.getvalue()
-    lines = read_rows(folder / "metrics.jsonl")
-    metrics = [{key: x for key, x in row.items() if "perf" not in key} for row in lines]
-    calls = read_rows(Path("calls.jsonl"))  # of `recorded`: prompts, responses, answers, tokens
+    metrics = conftest.read_metrics(folder)
+    calls = conftest.read_rows("calls.jsonl")  # of `recorded`: prompts, responses, answers, tokens
     Path("calls.jsonl").unlink(missing_ok=True)
     return SimpleNamespace(
         folder=folder, console=console, samples=re.findall("    .* -> .*", console), calls=calls,
         metrics=metrics, columns={key: [row[key] for row in metrics] for key in metrics[0]},
-        lines=lines, answers=read_rows(folder / "before_after.jsonl"),
+        lines=conftest.read_rows(folder / "metrics.jsonl"),
+        answers=conftest.read_rows(folder / "before_after.jsonl"),
         args=json.loads((folder / "args.json").read_text()))
 
 
@@ -137,7 +133,7 @@ def test_a_run_leaves_three_models_settings_metrics_answers_curves_and_a_checkpo
     assert run.args == asdict(STAGES) | derived  # the settings, as resolved
 
 
-def test_metrics_are_flat_and_have_the_keys_of_the_contract():
+def test_metrics_are_flat_have_the_keys_of_the_contract_and_null_for_what_is_not_a_number():
     slow = ppo(reward_fn="rewards.py:slow")
     for run, more in ((stages(), set()), (stages(num_reward_models=2), {"rollout/score_std"}),
                       (ppo(ptx_coef=1.0), {"ppo/ptx_loss"}), (slow, set()),
@@ -150,9 +146,6 @@ def test_metrics_are_flat_and_have_the_keys_of_the_contract():
             seconds = row["perf/rollout_s"] + row["perf/score_s"] + row["perf/update_s"]
             assert row["perf/episodes_per_s"] == pytest.approx(run.args["batch_size"] / seconds)
     assert all(row["perf/rollout_s"] < 0.25 < row["perf/score_s"] for row in slow.lines)
-
-
-def test_what_is_not_a_number_is_written_as_null():
     # The returns are all 1: there is no variance that the critic could explain.
     run = ppo(reward_fn="rewards.py:constant", gae_lambda=1.0, kl_coef=0.0, missing_eos_penalty=0.0)
     assert run.columns["ppo/explained_variance"] == [None, None]
@@ -283,7 +276,7 @@ def test_a_reward_model_reads_whole_texts_by_its_own_tokenizer_and_stays_as_it_i
 def test_what_is_held_out_changes_nothing_but_the_perplexity_that_is_shown():
     held_out = [row["prompt"] for row in stages().answers]
     rows = [row | {"chosen": " a b c", "rejected": " d"} if row["prompt"] in held_out else row
-            for row in read_rows(Path("pairs.jsonl"))]
+            for row in conftest.PAIRS]
     run = stages(dataset=write_rows("other_answers.jsonl", rows))
     assert torch.equal(*(weights(x.folder / "sft") for x in (run, stages())))
     assert run.metrics == stages().metrics
@@ -382,7 +375,7 @@ def test_gold_is_reported_and_never_trained_on():
         for x in (row["sft"], row["ppo"]):
             assert x["gold"] == gold_reward(x["prompt"], x["response"], x["ended"])
     given = replace(
-        REVIEWS, **ALONE, sft_dataset=None, num_comparisons=6000, max_prompt_len=16,
+        REVIEWS, **conftest.ALONE, sft_dataset=None, num_comparisons=6000, max_prompt_len=16,
         policy_model=str(reviews().folder / "sft"),
         reward_model=(str(reviews().folder / "reward_model"),))
     seeing, blind = (start(given, dataset=x).metrics for x in ("reviews", "blind.jsonl"))

@@ -12,8 +12,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import conftest
 import pytest
-from conftest import TINY, make_lm, make_reward_model, make_tokenizer, read_metrics, save
+from conftest import PAIRS, TINY, make_lm, make_reward_model, make_tokenizer, read_rows, save
 from safetensors.torch import load_file
 
 from ppo_rlhf import Args, main
@@ -57,17 +58,15 @@ NUM_PROCESSES = {name: 3 if name == "reviews" else 2 for name in RUNS}
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory, pairs_file):
+def places(tmp_path_factory):
     """A policy, two reward models, data, and reward functions, in the folder of the runs."""
     folder = tmp_path_factory.mktemp("processes")
-    rows = [json.loads(line) for line in Path(pairs_file).read_text().splitlines()]
-    six = [{"prompt": f"a {x['prompt']}", "completion": " the plot ."} for x in rows[:6]]
+    six = [{"prompt": f"a {x['prompt']}", "completion": " the plot ."} for x in PAIRS[:6]]
     reviews = [{"prompt": f"a {genre} about {theme}.", "completion": f" the {noun} was {word}."}
                for genre, theme, noun, word in itertools.product(
                    ("comedy", "western"), ("the sea", "lost love"), ("plot", "cast"), ("dull",))]
-    for name, part in {"pairs": [x | {"answer": i} for i, x in enumerate(rows)], "six": six,
-                       "reviews": reviews}.items():
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    for name, rows in {"pairs": PAIRS, "six": six, "reviews": reviews}.items():
+        conftest.write_rows(folder / f"{name}.jsonl", rows)
     (folder / "rewards.py").write_text(REWARDS)
     save(folder / "policy", make_lm(), make_tokenizer())
     for seed in (1, 2):
@@ -111,27 +110,24 @@ def processes(places):
 
 @pytest.mark.parametrize("name", COMPLETED)
 def test_all_stages_end_with_weights_metrics_and_answers_of_one_process(
-    one_process, processes, name
-):
+        one_process, processes, name):
     one, other = one_process / name, processes[0] / name
     assert (other / "before_after.jsonl").exists(), processes[1][NUM_PROCESSES[name]].stderr
     for path in one.glob("*/model.safetensors"):
         mine, its = load_file(path), load_file(other / path.parent.name / path.name)
         assert mine.keys() == its.keys()
         assert max((mine[x] - its[x]).abs().max().item() for x in mine) < 1e-5, path
-    expected, metrics = (read_metrics(Args(output_dir=x.parent, run_name=name))
-                         for x in (one, other))
+    expected, metrics = conftest.read_metrics(one), conftest.read_metrics(other)
     assert [row["iteration"] for row in metrics] == [1, 2, 3]  # each once
     for row, its in zip(metrics, expected, strict=True):
         assert row == pytest.approx(its, rel=1e-5, abs=1e-5)
-    responses, others = ([json.loads(row)["ppo"]["response"] for row in (
-        x / "before_after.jsonl").read_text().splitlines()] for x in (one, other))
+    responses, others = ([row["ppo"]["response"] for row in read_rows(x / "before_after.jsonl")]
+                         for x in (one, other))
     assert responses == others
 
 
 def test_each_process_scores_its_share_of_the_rows(processes, places):
-    shares = [list(map(json.loads, path.read_text().splitlines()))
-              for path in sorted(places.glob("calls?.jsonl"))]
+    shares = [read_rows(path) for path in sorted(places.glob("calls?.jsonl"))]
     assert len(shares) == NUM_PROCESSES["shared"]
     # The last calls are those of the three iterations and of the evaluation after them. The first
     # pass over the 27 prompts ends in iteration 3.

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, make_lm, make_tokenizer, read_metrics, save
+from conftest import PAIRS, TINY, make_lm, make_tokenizer, read_curves, read_metrics, save
 from safetensors.torch import load_file
 
 import ppo_rlhf
@@ -51,13 +51,12 @@ STAGES = replace(USUAL, reward_fn=None, reward_learning_rate=1e-3, num_reward_mo
 
 
 @pytest.fixture(scope="module", autouse=True)
-def here(tmp_path_factory, pairs_file):
+def here(tmp_path_factory):
     """A folder with data, a policy and reward functions, in which the tests run."""
     with pytest.MonkeyPatch.context() as context:
         context.chdir(tmp_path_factory.mktemp("resume"))
         Path("rewards.py").write_text(REWARDS)
-        rows = map(json.loads, Path(pairs_file).read_text().splitlines())
-        chats = (x | {"prompt": [{"role": "user", "content": x["prompt"]}]} for x in rows)
+        chats = (x | {"prompt": [{"role": "user", "content": x["prompt"]}]} for x in PAIRS)
         Path("chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
         tokenizer = make_tokenizer()
         tokenizer.chat_template = DATED
@@ -75,15 +74,11 @@ def start(args, iterations=99, what="stop"):
 
 def left(run_dir):
     """What a run leaves, without times and places."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     found = {str(x.relative_to(run_dir)): x.read_bytes() for x in run_dir.glob("*/*.safetensors")}
-    for path in sorted(run_dir.glob("curves/*/*"), key=lambda x: x.stat().st_mtime_ns):
-        events = EventAccumulator(str(path)).Reload()  # later files replace points of earlier ones
-        for key in (x for x in events.Tags()["scalars"] if "perf" not in x):
-            points = {x.step: x.value for x in events.Scalars(key)}
-            found[path.parent.name, key] = found.get((path.parent.name, key), {}) | points
-    found["metrics"] = read_metrics(Args(output_dir=run_dir.parent, run_name=run_dir.name))
+    for path in run_dir.glob("curves/*"):  # later points replace earlier ones of the same step
+        found |= {(path.name, name): dict(points) for name, points in read_curves(path).items()
+                  if "perf" not in name}
+    found["metrics"] = read_metrics(run_dir)
     found["answers"] = (run_dir / "before_after.jsonl").read_text()
     assert not [x for x in run_dir.rglob("*") if x.suffix in (".new", ".old")]
     return found

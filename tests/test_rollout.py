@@ -393,13 +393,9 @@ def test_a_score_does_not_depend_on_the_texts_beside_it(tmp_path, family):
     assert len(alone.unique()) == 3
 
 
-PADS = pytest.mark.parametrize(("in_tokenizer", "in_config"), [
-    # Early Llamas have -1, which is no PAD.
-    (x, y) for x in ("[PAD]", "[EOS]", None) for y in (None, 0, 1, -1)])
-
-
-@PADS
-def test_our_reward_model_reads_the_eos_even_where_pad_is_eos(in_tokenizer, in_config, tmp_path):
+@pytest.mark.parametrize("in_tokenizer", ["[PAD]", "[EOS]", None])
+@pytest.mark.parametrize("in_config", [None, 0, 1, -1])  # early Llamas have -1, which is no PAD
+def test_our_reward_model_reads_eos_a_given_one_keeps_its_pad(in_tokenizer, in_config, tmp_path):
     lm = make_lm(pad_token_id=in_config)
     folder = save(tmp_path, lm, make_tokenizer(pad_token=in_tokenizer))
     reward_model = ppo.load_reward_model(folder, args_of(), new_head=True)
@@ -408,10 +404,6 @@ def test_our_reward_model_reads_the_eos_even_where_pad_is_eos(in_tokenizer, in_c
     hidden = lm.base_model(torch.tensor([[4, 5, 6, 1]])).last_hidden_state[0]
     expected = reward_model.classifier.score(hidden[[3, 2]])[:, 0]
     assert torch.allclose(scores[:2], expected, atol=1e-5) and scores[0] != scores[1]
-
-
-@PADS
-def test_a_given_reward_model_keeps_the_pad_of_its_config(in_tokenizer, in_config, tmp_path):
     classifier = make_reward_model(pad_token_id=in_config)  # with PAD 1 it is blind to EOS
     reward_model = load_rm(tmp_path, make_tokenizer(pad_token=in_tokenizer), classifier)
     records = [record("the plot", " was"), record("the plot", " was a b c d")]
@@ -494,12 +486,12 @@ def run_chain(folder, rows, scores, **settings):
     (folder / "data.jsonl").write_text("\n".join(f'{{"prompt": "{x}"}}' for x in scores))
     (folder / "f.py").write_text(f"def f(prompts, _):\n    return [{scores}[x] for x in prompts]")
     policy = save(folder / "policy", chain(rows), make_tokenizer())
-    source = {} if "reward_model" in settings else {"reward_fn": f"{folder}/f.py:f"}
+    usual = {"total_episodes": 2, "batch_size": 1, "minibatch_size": 1,
+             "reward_fn": f"{folder}/f.py:f"}
     return run(ppo.Args(
         dataset=str(folder / "data.jsonl"), policy_model=policy, sft_epochs=0, eval_prompts=0,
         max_prompt_len=4, response_len=4, learning_rate=1e-9, device="cpu", run_name="run",
-        output_dir=str(folder), **source, **({"total_episodes": 2, "batch_size": 1,
-                                              "minibatch_size": 1} | settings)))
+        output_dir=str(folder), **(usual | settings)))
 
 
 @pytest.mark.parametrize(("values", "settings", "scores"), [
@@ -522,7 +514,7 @@ def test_each_model_of_an_ensemble_is_normalised_by_itself(tmp_path):
     raw = [ppo.load_reward_model(x, args_of())(records) for x in folders]
     agree = (raw[0][0] > raw[0][1]) == (raw[1][0] > raw[1][1])
     metrics = run_chain(tmp_path, ENDINGS | {"d": {"b": 1.0}}, {"a": 0, "d": 0},
-                        reward_model=tuple(folders))
+                        reward_fn=None, reward_model=tuple(folders))
     expected = ([-1, 1], [0, 0]) if agree else ([-1, -1], [1, 1])
     for name, values in zip(("rollout/score", "rollout/score_std"), expected, strict=True):
         assert sorted(x[name] for x in metrics) == pytest.approx(values, abs=1e-4)

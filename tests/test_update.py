@@ -13,7 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FAMILIES, make_lm, make_policy, make_reward_model, make_tokenizer, run
+from conftest import ALONE, FAMILIES, make_lm, make_policy, make_reward_model, make_tokenizer, run
+from torch.nn.utils import parameters_to_vector as weights
 
 import ppo_rlhf as ppo
 
@@ -41,9 +42,9 @@ class Recorder(torch.optim.SGD):
         super().step()
 
 
-def plain(**settings):
+def plain(family="Llama", **settings):
     """A policy without critic and, as in a run, without dropout."""
-    return make_policy(make_lm(attention_dropout=0.0), **(UPDATE | settings))
+    return make_policy(make_lm(family, attention_dropout=0.0), **(UPDATE | settings))
 
 
 def judge():
@@ -98,11 +99,6 @@ def update(policy, rollout, demonstrations=(), lr=0.0, seed=1, **changes):
     return stats, optimizer.gradients
 
 
-def weights(model):
-    """All weights in one vector."""
-    return torch.cat([x.detach().flatten().clone() for x in model.parameters()])
-
-
 # One step: losses and gradients -------------------------------------------------------------------
 
 ALL_TERMS = {"kl_in": "loss", "kl_estimator": "k2", "ent_coef": 0.1, "temperature": 0.7}
@@ -133,8 +129,7 @@ def disguised(loss_fn, batch, coef):
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("name", ["PPO", "PPO, all terms", "SFT", "reward", "PPO and SFT"])
 def test_neither_microbatches_nor_the_order_of_rows_nor_padding_change_gradient_and_statistics(
-    name, size
-):
+        name, size):
     model, *parts = parts_of(name)
     whole_stats, whole = step(model, *parts)
     stats, found = step(model, *(disguised(*part) for part in parts), microbatch_size=size)
@@ -197,12 +192,9 @@ class StraightforwardPolicy(ppo.Policy):
                         {"ent_coef": 0.1, "temperature": 0.7},
                         {"kl_in": "loss", "kl_estimator": "k2"}], [3, 8])])
 def test_the_gradient_is_that_of_the_straightforward_computation(family, settings, size):
-    policy = add_critic(make_policy(make_lm(family), **(UPDATE | settings)))
+    policy, rollout = setting(moved=True, family=family, **settings)
     torch.nn.init.normal_(policy.critic.head.weight)
-    rollout = ppo.collect_rollout(policy, policy, PROMPTS, 3, policy.args)
-    for name in TARGETS:
-        before, noise = getattr(rollout, name), 0.3 * torch.randn(rollout.response_mask.shape)
-        setattr(rollout, name, (noise + (0 if before is None else before)) * rollout.response_mask)
+    rollout.old_values += policy(rollout, 1.0)[1].detach()
     parts = of_ppo(policy, rollout), of_sft(policy, coef=0.5)
     stats, found = step(policy, *parts, microbatch_size=size)
     policy.__class__ = StraightforwardPolicy
@@ -213,22 +205,19 @@ def test_the_gradient_is_that_of_the_straightforward_computation(family, setting
 
 def test_a_step_is_as_long_as_the_clipped_gradient_and_the_log_has_the_norm_before():
     policy, rollout = setting()
-    before, (_, (whole,)) = weights(policy), update(policy, rollout)
+    before, (_, (whole,)) = weights(policy.parameters()), update(policy, rollout)
     stats, _ = update(policy, rollout, lr=1.0, max_grad_norm=0.01)
     assert stats["grad_norm"] == pytest.approx(whole.norm().item(), rel=1e-4) and whole.norm() > 1
-    assert (weights(policy) - before).norm().item() == pytest.approx(0.01, abs=1e-4)
+    assert (weights(policy.parameters()) - before).norm().item() == pytest.approx(0.01, abs=1e-4)
 
 
 @pytest.mark.parametrize("junk", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_the_update_before_it_reaches_the_weights(junk):
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_update_before_it_reaches_weights(junk):
     policy, rollout = setting()
-    before, rollout.returns[0, 0] = weights(policy), junk
+    before, rollout.returns[0, 0] = weights(policy.parameters()), junk
     with pytest.raises(FloatingPointError, match=r"^loss is (nan|inf); lower the learning rate"):
         update(policy, rollout, lr=1.0)
-    assert torch.equal(weights(policy), before)
-
-
-def test_a_gradient_that_is_not_finite_stops_the_step_although_the_loss_is():
+    assert torch.equal(weights(policy.parameters()), before)
     model = OneWeight()  # at 0, where the root is 0 and its slope infinite
     with pytest.raises(FloatingPointError, match=r"^grad_norm is inf"):
         step(model, (lambda rows: {"loss": model.weight.sqrt().sum()}, [1.0], 1.0))
@@ -237,24 +226,19 @@ def test_a_gradient_that_is_not_finite_stops_the_step_although_the_loss_is():
 
 # An update: steps and epochs ----------------------------------------------------------------------
 
-def test_each_row_is_used_once_per_epoch_in_a_new_order_that_the_seed_decides():
+def test_each_row_is_used_once_per_epoch_in_an_order_of_the_seed_and_targets_stay_the_same():
     class Observed(ppo.Rollout):
         def __getitem__(self, rows):
             asked.append(rows.tolist())
             return super().__getitem__(rows)
 
     asked, (policy, rollout) = [], setting(minibatch_size=4, update_epochs=2)
+    before = copy.deepcopy(rollout)
     for seed in (1, 1, 2):
-        update(policy, Observed(**vars(rollout)), seed=seed)
+        update(policy, Observed(**vars(rollout)), lr=0.1, seed=seed)
     a, b, c, d = asked[:4]  # two minibatches in each of two epochs
     assert sorted(a + b) == sorted(c + d) == list(range(8)) and {*a} not in ({*c}, {*d})
     assert asked[:4] == asked[4:8] != asked[8:]
-
-
-def test_targets_stay_the_same_over_the_epochs_and_none_requires_grad():
-    policy, rollout = setting(update_epochs=2, minibatch_size=4)
-    before = copy.deepcopy(rollout)
-    update(policy, rollout, lr=0.1)
     for x, y in zip(vars(rollout).values(), vars(before).values(), strict=True):
         assert x is y is None or (torch.equal(x, y) and not x.requires_grad)
 
@@ -272,7 +256,8 @@ def test_target_kl_ends_the_update_after_an_epoch_whose_approx_kl_is_above_it(ta
 def test_target_kl_looks_at_the_last_epoch_and_not_at_the_mean_so_far():
     def after(**changes):
         policy, rollout = setting(minibatch_size=4)
-        return update(policy, rollout, lr=0.1, **changes)[0]["approx_kl"], weights(policy)
+        stats, _ = update(policy, rollout, lr=0.1, **changes)
+        return stats["approx_kl"], weights(policy.parameters())
 
     (first, _), (both, two_epochs) = after(update_epochs=1), after(update_epochs=2)
     # Epoch 2 alone has 2 · both − first; the target lies half-way between that and both.
@@ -359,8 +344,7 @@ def test_fit_takes_steps_of_adam_on_clipped_gradients_at_rates_that_fall_to_0(se
 
 @pytest.mark.parametrize(("size", "steps", "used"), [(2, 2, 4), (5, 1, 5), (32, 1, 5)])
 def test_an_epoch_of_fit_takes_each_row_once_in_a_new_order_but_no_incomplete_last_minibatch(
-    size, steps, used
-):
+        size, steps, used):
     found, path, logged = fit_slopes([1.0, 2.0, 3.0, 4.0, 5.0], epochs=3, minibatch_size=size)
     assert len(logged) == 3 * steps and len(found) == 3 * used and path[-1] < path[0] == 0
     first, second = found[:used], found[used : 2 * used]
@@ -377,15 +361,15 @@ def test_the_first_step_of_adam_is_the_rate_times_gradient_over_gradient_plus_ep
 
 def test_a_separate_critic_trains_its_own_trunk_and_neither_the_policy_nor_the_reward_model():
     found, rollout, model = [], setting()[1], judge().requires_grad_(False)
-    frozen = weights(model)
+    frozen = weights(model.parameters())
     for vf_coef in (0.0, 10.0):
         policy = add_critic(plain(critic="separate", vf_coef=vf_coef), model)
-        num, before = sum(x.numel() for x in policy.lm.parameters()), weights(policy)
+        num, before = sum(x.numel() for x in policy.lm.parameters()), weights(policy.parameters())
         _, (gradient,) = update(policy, rollout, lr=0.1)
         found.append(gradient[:num])
     assert torch.equal(*found) and found[0].abs().max() > 1e-3
-    moved = weights(policy)[num:] != before[num:]
-    assert torch.equal(weights(model), frozen) and moved.float().mean() > 0.5
+    moved = weights(policy.parameters())[num:] != before[num:]
+    assert torch.equal(weights(model.parameters()), frozen) and moved.float().mean() > 0.5
 
 
 def start(args, folder, body, **settings):
@@ -394,16 +378,14 @@ def start(args, folder, body, **settings):
         "import json\ndef f(prompts, responses, ended, tokens):\n"
         f"    open({str(folder / 'calls')!r}, 'a').write(json.dumps([ended, tokens]) + '\\n')\n"
         f"    return [{body} for i in range(len(prompts))]\n")
-    return run(args, reward_fn=f"{folder}/f.py:f", sft_epochs=0, sft_learning_rate=None,
-               reward_learning_rate=None, eval_prompts=0, update_epochs=1, total_episodes=8,
-               minibatch_size=8, **settings)[0]
+    return run(args, **ALONE, **settings, reward_fn=f"{folder}/f.py:f", eval_prompts=0,
+               update_epochs=1, total_episodes=8, minibatch_size=8)[0]
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 @pytest.mark.parametrize("score", ["5.0", "[5.0] + [0.0] * (len(tokens[i]) - 1)"])
 def test_v_starts_at_the_mean_score_minus_the_mean_penalty_of_sft_responses(
-    tiny_args, tmp_path, score, critic
-):
+        tiny_args, tmp_path, score, critic):
     # No KL and λ = 1: the return of each token is the score to come, minus 4 if EOS is missing.
     found = start(tiny_args, tmp_path, score, critic=critic, missing_eos_penalty=4.0, gae_lambda=1)
     calls = [json.loads(x) for x in (tmp_path / "calls").read_text().splitlines()]
@@ -421,8 +403,7 @@ def test_v_starts_at_the_mean_score_minus_the_mean_penalty_of_sft_responses(
     (0.01, None, "mean 0.040, std 0.010", True), (0, None, "mean 0.000, std 0.000", False),
     (100, True, "mean 0.000, std 1.000", False), (100, False, "mean 400.000, std 100.000", True)])
 def test_scores_far_from_std_1_are_noted_and_norm_scores_normalises_those_of_a_function(
-    tiny_args, tmp_path, capsys, unit, norm_scores, said, noted
-):
+        tiny_args, tmp_path, capsys, unit, norm_scores, said, noted):
     found = start(tiny_args, tmp_path, f"{unit} * (3 + 2 * (i % 2))", norm_scores=norm_scores)
     console = capsys.readouterr().out
     assert said in console.replace("-0.000", "0.000") and ("--norm-scores" in console) is noted
