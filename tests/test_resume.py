@@ -44,7 +44,7 @@ DATED = ("{{ 'it is 1 May . ' }}{% for turn in messages %}{{ turn['content'] + '
 # Stage 1, then 5 iterations with a checkpoint after the second and the fourth and fifth.
 USUAL = Args(
     **TINY | {"total_episodes": 40, "save_interval": 2}, dataset="chats.jsonl", output_dir="runs",
-    policy_model="policy", reward_fn="rewards.py:letters", ref_update_interval=3, kl_target=0.5,
+    policy_model="policy", reward_fn="rewards.py:letters", ref_update_interval=2, kl_target=0.5,
     critic="separate")
 STAGES = replace(USUAL, reward_fn=None, reward_learning_rate=1e-3, num_reward_models=2,
                  sft_epochs=9, reward_epochs=9, total_episodes=80)  # long enough to be killed
