@@ -2,15 +2,10 @@
 
     python benchmarks/reward_hacking.py                # runs what is missing, then plots
     python benchmarks/reward_hacking.py --kl-target    # does --kl-target reach its target?
-    python benchmarks/reward_hacking.py --ensembles    # do several reward models help?
 
 Runs of `python ppo_rlhf.py`, two at a time: nine (3 values of kl_coef, 3 seeds; 8 minutes on 2
-cores), nine (3 targets, from 3 coefficients), twelve (kl_coef 0 and 0.02, 1 and 3 reward models, 3
-seeds). With --table, tables and picture are made from what is in results/reward_hacking.json,
-kl_target.json or ensemble.json.
-
-An ensemble can look better only because it goes less far; so the gold reward is compared at equal
-KL to the reference: the mean over the iterations whose KL is within 15 % of a value.
+cores), and nine (3 targets, from 3 coefficients). With --table, tables and picture are made from
+what is in results/reward_hacking.json and kl_target.json.
 """
 
 import itertools
@@ -30,7 +25,6 @@ CURVES = {
     "rollout/kl": "KL to the reference (nats per response)",
     "rollout/grammatical": "grammatical (share of responses)",
 }
-KLS = [2, 4, 6, 8, 12, 16, 20]  # nats per response, at which ensembles are compared
 RECORDED = [*CURVES, "rollout/score_std", "rollout/entropy", "ppo/explained_variance",
             "ppo/log_ratio_max", "ppo/kl_coef"]
 
@@ -107,32 +101,6 @@ def kl_targets():
     common.publish("kl_target", common.markdown(columns, rows))
 
 
-def gold_at(run, kl):
-    """Mean gold over the iterations with about this KL, as a list; empty if there are none."""
-    curves = run["curves"]
-    found = [gold for x, gold in zip(curves["rollout/kl"], curves["rollout/gold"], strict=True)
-             if abs(x / kl - 1) < 0.15]
-    return [mean(found)] if found else []
-
-
-def ensembles():
-    """Runs with 1 and with 3 reward models: mean (range over seeds, number of seeds)."""
-    jobs = [{"kl_coef": kl_coef, "num_reward_models": number, "seed": seed}
-            for seed, kl_coef, number in itertools.product(SEEDS, [0.0, 0.02], [1, 3])]
-    runs = common.run_missing("ensemble", jobs, list(jobs[0]), one_run,
-                              ("torch", "transformers"))["runs"]
-    rows = []
-    for kl_coef, number in itertools.product([0.0, 0.02], [1, 3]):
-        chosen = [x for x in runs if (x["kl_coef"], x["num_reward_models"]) == (kl_coef, number)]
-        found = [[gold for x in chosen for gold in gold_at(x, kl)] for kl in KLS]
-        found += [[last(x, key) for x in chosen] for key in CURVES]
-        rows.append([kl_coef, number, *(
-            f"{mean(x):.2f} ({min(x):.2f} to {max(x):.2f}, {len(x)})" if x else "" for x in found)])
-    columns = ["kl_coef", "models", *(f"gold at KL {kl}" for kl in KLS),
-               *(f"last: {key.split('/')[1]}" for key in CURVES)]
-    common.publish("ensemble", common.markdown(columns, rows))
-
-
 def main():
     """Run what is missing, two at a time, then summarise and plot."""
     jobs = [{"kl_coef": kl_coef, "seed": seed} for seed in SEEDS for kl_coef in KL_COEFS]
@@ -143,5 +111,4 @@ def main():
 
 
 if __name__ == "__main__":
-    modes = {"--kl-target": kl_targets, "--ensembles": ensembles}
-    next((mode for flag, mode in modes.items() if flag in sys.argv), main)()
+    kl_targets() if "--kl-target" in sys.argv else main()

@@ -243,6 +243,14 @@ def test_each_row_is_used_once_per_epoch_in_an_order_of_the_seed_and_targets_sta
         assert x is y is None or (torch.equal(x, y) and not x.requires_grad)
 
 
+def test_a_minibatch_has_the_old_values_and_targets_of_its_own_rows():
+    policy, rollout = setting(moved=True, minibatch_size=1, update_epochs=1)
+    rows = [of_ppo(policy, rollout)[0](rollout[torch.tensor([i])]) for i in range(8)]
+    stats, _ = update(policy, rollout)
+    for name in ("policy_loss", "value_loss", "vf_clipfrac", "approx_kl"):
+        assert stats[name] == pytest.approx(sum(float(x[name]) for x in rows) / 8, abs=1e-6), name
+
+
 @pytest.mark.parametrize(("target_kl", "epochs"), [(0.71, 1), (0.73, 3), (None, 3)])
 def test_target_kl_ends_the_update_after_an_epoch_whose_approx_kl_is_above_it(target_kl, epochs):
     policy, rollout = setting(update_epochs=3, minibatch_size=4, target_kl=target_kl)
