@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import statistics
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import ppo_classic
 import ppo_rlhf
 
 ROOT = Path(ppo_rlhf.__file__).parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
 README = (ROOT / "README.md").read_text()
 LONG = (ROOT / "benchmarks" / "README.md").read_text()  # the long tables
 BOTH = README + LONG
@@ -235,11 +237,16 @@ def test_what_it_says_of_optima_is_what_the_raw_results_say():
 
 
 def test_every_planted_bug_is_caught_and_the_counts_are_right():
-    bugs = result("planted_bugs")["bugs"]
+    from planted_bugs import BUGS
+
+    bugs = result("planted_bugs")["runs"]
     catchers = {x["caught_by"] for x in bugs}
-    assert None not in catchers and len(bugs) >= 40 and len(catchers) >= 25
-    for text in (" ".join(README.split()), " ".join(LONG.split())):
-        assert f"{len(bugs)} " in text and f"by {len(catchers)} different tests" in text
+    assert None not in catchers and {x["bug"] for x in bugs} == {x["bug"] for x in BUGS}
+    for bug in BUGS:  # today's files have the line that the bug changes
+        assert (ROOT / bug["file"]).read_text().count(bug["line"]) == 1, bug["bug"]
+    for text in (README, LONG):
+        assert re.search(rf"{len(bugs)} one-line bugs.*all\s+are\s+caught, by {len(catchers)}\s+"
+                         "different tests", text, re.S)
 
 
 def test_of_30_bugs_planted_blind_so_many_were_caught_at_first_look():
@@ -254,10 +261,47 @@ def test_every_killed_run_ended_the_same_after_resume():
     assert "20 of 20" in README
 
 
-def test_the_tables_of_ensembles_and_of_memory_are_what_the_benchmarks_wrote():
-    for name in ("ensemble", "memory"):
-        table = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text().split("\n\n")[0]
-        assert table.strip() in LONG, name
+@pytest.mark.parametrize("name", ["memory", "alternatives", "pretrained", "ablations", "credit"])
+def test_the_tables_of_studies_are_what_the_benchmarks_wrote(name):
+    table = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text().split("\n\n")[0]
+    assert table.strip() in LONG
+
+
+def test_what_it_says_of_alternatives_is_what_the_raw_results_say():
+    runs, text = result("alternatives")["runs"], " ".join(README.split())
+
+    def held_out(method, key="gold"):
+        found = [x["held_out"][key] for x in runs if x["method"] == method]
+        assert len(found) == 3
+        return f"{statistics.mean(found):.2f}" if key == "gold" else statistics.mean(found)
+
+    assert f"gold is {held_out('PPO')} for PPO, {held_out('RLOO')} for RLOO" in text
+    assert f"reaches {held_out('REINFORCE')}. DPO ends at {held_out('DPO β 0.1')} with" in text
+    assert held_out("DPO β 0.1", "kl") < 0.6 * held_out("PPO", "kl")
+    assert f"drifts to a KL of {held_out('GRPO', 'kl'):.1f}." in text
+    best = [x["gold"]["16"] for x in runs if x["method"] == "best of n"]
+    assert f"best of 16 samples, without training, has {statistics.mean(best):.2f}" in text
+    patch = (ROOT / "benchmarks/variants/grpo.patch").read_text()
+    sizes = [len(re.findall(rf"^\{sign}(?!\{sign})", patch, re.M)) for sign in "+-"]
+    assert "GRPO adds {} lines and removes {}".format(*sizes) in text
+
+
+def test_what_it_says_of_clipping_and_of_a_public_model_is_what_the_raw_results_say():
+    text, ends = " ".join(README.split()).replace("−", "-"), {}
+    for x in result("ablations")["runs"]:
+        gold = statistics.mean(x["curves"]["rollout/gold"][-10:])
+        ends.setdefault((x["group"], x["flags"]), []).append(gold)
+    unclipped, bare = (ends["clip", f"--kl-coef {x} --clip-coef 1e9"] for x in (0.05, 0))
+    assert f"three seeds end at {min(unclipped):.2f} to {max(unclipped):.2f}" in text
+    hacked = [statistics.mean(x["curves"]["rollout/gold"][-10:])
+              for x in result("reward_hacking")["runs"] if x["kl_coef"] == 0]
+    assert all(x < y for x, y in zip(sorted(bare), sorted(hacked), strict=True))
+    assert ends["mitigation", "--kl-coef 0 --num-comparisons 24000"][0] < 0
+    assert f"did: gold {ends['mitigation', '--kl-coef 0, second round'][0]:.2f}" in text
+    runs = [x for x in result("pretrained")["runs"] if x["kl_coef"] == 0.02]
+    before, after = (statistics.mean(x["score"][i] for x in runs) for i in (0, 1))
+    assert f"rises from {before:.2f} to {after:.2f} (means of {len(runs)} seeds)" in text
+    assert all(x["score"][1] > 0.995 for x in result("pretrained")["runs"] if x["kl_coef"] == 0)
 
 
 def test_the_table_of_throughput_is_what_the_raw_results_say():
