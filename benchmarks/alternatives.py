@@ -5,9 +5,8 @@
     python benchmarks/alternatives.py --alone     # seconds and memory; run nothing beside it
 
 GRPO, RLOO, DPO and LoRA are ppo_rlhf.py with benchmarks/variants/*.patch. REINFORCE is flags: one
-step per batch (nothing is clipped), whole returns (λ = 1), a critic that does not learn. Its rate
-and DPO's were picked with seed 4. All methods of a seed resume in copies of one run folder, after
-stages 1 and 2; DPO trains on the comparisons of that reward model, and only measures its samples.
+step per batch (nothing is clipped), λ = 1, a critic that does not learn. Its rate and DPO's were
+picked with seed 4. All methods of a seed start from copies of one run folder, after stages 1 and 2.
 """
 
 import functools
@@ -25,16 +24,17 @@ from statistics import mean
 import common  # benchmarks/common.py
 import memory  # benchmarks/memory.py
 
+GRPO = {"kl_in": "loss", "kl_estimator": "k3", "group_size": 8}
 REINFORCE = {"update_epochs": 1, "gae_lambda": 1.0, "vf_coef": 0.0}
 METHODS = {  # name: networks held, patch, settings (also the patch's defaults), colour
     "PPO": (3, "", {}, common.BLUE),
     "PPO separate critic": (4, "", {"critic": "separate"}, "#85c1e9"),
-    "GRPO": (3, "grpo", {"kl_in": "loss", "kl_estimator": "k3", "group_size": 8}, common.GREEN),
+    "GRPO": (3, "grpo", GRPO, common.GREEN),
+    "GRPO kl_coef 0.2": (3, "grpo", GRPO | {"kl_coef": 0.2}, "#82e0aa"),
     "RLOO": (3, "rloo", {"group_size": 4}, "#b7950b"),
     "REINFORCE": (3, "", REINFORCE | {"minibatch_size": 128, "learning_rate": 3e-3}, common.GREY),
-    "DPO β 0.03": (2, "dpo", {"kl_coef": 0.03, "learning_rate": 2e-4}, "#e59866"),
-    "DPO β 0.1": (2, "dpo", {"kl_coef": 0.1, "learning_rate": 2e-4}, common.RED),
-    "DPO β 0.3": (2, "dpo", {"kl_coef": 0.3, "learning_rate": 2e-4}, "#78281f"),
+    **{f"DPO β {beta}": (2, "dpo", {"kl_coef": beta, "learning_rate": 2e-4}, colour)
+       for beta, colour in ((0.03, "#e59866"), (0.1, common.RED), (0.3, "#78281f"))},
     "LoRA": (3, "lora", {"learning_rate": 1e-3, "critic_learning_rate": 1e-2, "lora_rank": 8,
                          "lora_alpha": 16.0}, "#7d3c98"),
 }
@@ -163,12 +163,12 @@ def main():
     rows, of = [], {name: [x for x in results["runs"] if x["method"] == name]
                     for name in [*METHODS, "best of n"]}
     with common.picture("alternatives", 1, 1, (7, 5)) as axes:
-        for name, (_, _, _, colour) in METHODS.items():
+        for name in (x for x in METHODS if of[x]):
             rows.append([name, *(spread([x["held_out"][key] for x in of[name]]) for key in KEYS)])
             kl, gold = ([mean(y for x in of[name] for y in x["curves"][key][i : i + 5])
                          for i in range(46)] for key in ("kl", "gold"))
-            axes[0, 0].plot(kl, gold, color=colour, label=name)
-        for n in NUMBERS:
+            axes[0, 0].plot(kl, gold, color=METHODS[name][3], label=name)
+        for n in NUMBERS if of["best of n"] else ():
             golds, kl = [x["gold"][str(n)] for x in of["best of n"]], math.log(n) - (n - 1) / n
             rows.append([f"best of {n}", spread(golds), "", f"at most {kl:.2f}", ""])
             axes[0, 0].plot(kl, mean(golds), "k*", label="best of n" if n == 1 else None)
