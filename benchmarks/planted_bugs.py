@@ -65,10 +65,11 @@ RLHF = [
      "        last_token_idx = response_mask.sum(dim=1, keepdim=True).clamp(max=kl.shape[1] - 1)\n"
      "        scores ="),
     ("trlX #509", "log-probabilities shifted by one token", "rollout",
-     "(row_idx, token_idx - 1)", "(row_idx, token_idx)"),
+     "hidden = self.states(self.lm.base_model, ids, mask)[row, column - 1]",
+     "hidden = self.states(self.lm.base_model, ids, mask)[row, column]"),
     ("verl #1758", "values read after the token instead of before it", "rollout",
      "values = self.critic.head(hidden.float()).squeeze(-1)",
-     "hidden = self.states(self.lm.base_model, ids, mask)[row_idx, token_idx]\n"
+     "hidden = self.states(self.lm.base_model, ids, mask)[row, column]\n"
      "            values = self.critic.head(hidden.float()).squeeze(-1)"),
     ("OpenRLHF #853", "old and reference log-probabilities at temperature 1", "rollout",
      "part.ref_logprobs, _, _ = reference(part, args.temperature)",
