@@ -145,8 +145,7 @@ def apart(folder, job):
     return common.run_apart(__file__, job | {"stages": str(stages)})
 
 
-def spread(values):
-    """Mean (range) over the seeds."""
+def spread(values):  # mean (range) over the seeds
     return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
@@ -168,7 +167,7 @@ def main():
             kl, gold = ([mean(y for x in of[name] for y in x["curves"][key][i : i + 5])
                          for i in range(46)] for key in ("kl", "gold"))
             axes[0, 0].plot(kl, gold, color=METHODS[name][3], label=name)
-        for n in NUMBERS if of["best of n"] else ():
+        for n in NUMBERS if of["best of n"] else []:
             golds, kl = [x["gold"][str(n)] for x in of["best of n"]], math.log(n) - (n - 1) / n
             rows.append([f"best of {n}", spread(golds), "", f"at most {kl:.2f}", ""])
             axes[0, 0].plot(kl, mean(golds), "k*", label="best of n" if n == 1 else None)
@@ -176,7 +175,8 @@ def main():
         axes[0, 0].legend()
     lines = common.markdown(["held-out prompts", *KEYS], rows)
     for field, keys in TABLES.items():
-        rows = [[x["method"], *(x.get(key, "") for key in keys)] for x in results.get(field, [])]
+        rows = [[x["method"], *(f"{x[key]:.3g}" if key in x else "" for key in keys)]
+                for x in results.get(field, [])]
         lines += ["", *common.markdown([field, *keys], rows)]
     common.publish("alternatives", lines)
 
