@@ -6,10 +6,9 @@
 A run is `python ppo_rlhf.py FLAGS --seed S`, a minute or so on one core, one at a time. Stages 1
 and 2 do not depend on the flags of stage 3, so the models of an earlier run with the same seed and
 comparisons are copied into a new run's folder, as a resumed run would find them. Runs with no flag
-but --kl-coef 0, 0.05 or 0.2 are those of reward_hacking.py. Figures are means of the last ten
-iterations; "gold at KL x", of the iterations whose KL is within 15 % of x; "saved", of the held-out
-prompts and the policy that was saved. "second round": the reward model gets 6,000 comparisons more,
-of samples of the policy that a first run without KL has made.
+but --kl-coef 0, 0.05 or 0.2 are those of reward_hacking.py. Figures: means of the last ten
+iterations; "gold at KL x", of those whose KL is within 15 % of x; "saved gold", of the held-out
+prompts and the saved policy. "second round": 6,000 comparisons more, of a hacked policy's samples.
 """
 
 import contextlib
@@ -21,7 +20,7 @@ from pathlib import Path
 from statistics import mean
 
 import common  # benchmarks/common.py
-from reward_hacking import gold_at, last
+from reward_hacking import last
 
 GROUPS = {
     "beta": [f"--kl-coef {x}" for x in (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)],
@@ -34,10 +33,11 @@ GROUPS = {
         "--gae-lambda 0", "--gae-lambda 0.5", "--gae-lambda 0.9", "--gae-lambda 1",
         "--critic-learning-rate 1e-4", "--critic separate",
         "--critic separate --critic-learning-rate 1e-4", "--vf-clip-coef 1e9"))],
-    "comparisons": ["--kl-coef 0.05", *(f"--kl-coef 0.05 --num-comparisons {x}"
-                                        for x in (750, 1500, 3000, 12000))],
+    "comparisons": [f"--kl-coef 0.05{x and f' --num-comparisons {x}'}"
+                    for x in (750, 1500, 3000, "", 12000)],
     "ptx": ["--kl-coef 0", "--kl-coef 0 --ptx-coef 0.1", "--kl-coef 0 --ptx-coef 1"],
 }
+GOLD = re.compile(r"\ngold +\S+ +(\S+)")  # in the final table, of the policy that was saved
 RECORDED = ["rollout/gold", "rollout/kl", "rollout/score", "rollout/grammatical",
             "ppo/explained_variance", "ppo/approx_kl", "ppo/log_ratio_max", "ppo/clipfrac"]
 COLUMNS = {key.split("/")[1]: lambda x, key=key: [last(x, key)] if key in x["curves"] else []
@@ -49,6 +49,13 @@ COLUMNS |= {
 AT_KL = [x for x in COLUMNS if x.startswith("gold at")]
 SHOWN = {"beta": AT_KL, "clip": ["log_ratio_max", "largest log ratio"], "mitigation": AT_KL,
          "critic": ["explained_variance"], "comparisons": ["held-out accuracy"], "ptx": AT_KL}
+
+
+def gold_at(run, kl):
+    """Mean gold of the iterations with about this KL, as a list; empty if there are none."""
+    pairs = zip(run["curves"]["rollout/kl"], run["curves"]["rollout/gold"], strict=True)
+    found = [gold for x, gold in pairs if abs(x / kl - 1) < 0.15]
+    return [mean(found)] if found else []
 
 
 def train(job):
@@ -65,7 +72,7 @@ def train(job):
         args, run = ppo_rlhf.parse_args([*words, "--run-name", "run"]), Path(folder, "run")
         kept = Path(tempfile.gettempdir(), "ablations", common.commit(), str(args.seed))
         models = kept / f"{args.num_comparisons} {args.num_reward_models}{second}"
-        train_sft, stopped = ppo_rlhf.train_sft, ""
+        train_sft = ppo_rlhf.train_sft
 
         def copy_and_train_sft(*arguments):
             for path in (*kept.glob("sft"), *models.glob("*")):
@@ -73,32 +80,23 @@ def train(job):
             return train_sft(*arguments)  # which skips what is there, as stage 2 does
 
         ppo_rlhf.train_sft = copy_and_train_sft
-        try:
-            ppo_rlhf.main(args)
-        except SystemExit as error:  # a number that is not finite
-            stopped = str(error)
+        ppo_rlhf.main(args)
         text, accuracy = out.getvalue(), run / "reward_model" / "accuracy"
         if not models.exists():
             accuracy.write_text(re.search(r"held-out accuracy ([\d.]+)", text)[1])
             for path in run.glob("reward_model*"):
                 shutil.copytree(path, models / path.name)
             shutil.copytree(run / "sft", kept / "sft", dirs_exist_ok=True)
-        return {"stopped": stopped, "accuracy": float(accuracy.read_text()),
-                "saved_gold": saved_gold(text),
+        return {"accuracy": float(accuracy.read_text()), "saved_gold": float(GOLD.search(text)[1]),
                 "curves": {key: [x[key] and round(x[key], 4) for x in common.read_metrics(run)]
                            for key in RECORDED}}
-
-
-def saved_gold(text):
-    """From the final table, if there is one."""
-    found = re.search(r"\ngold +\S+ +(\S+)", text)
-    return float(found[1]) if found else None
 
 
 def earlier():
     """The runs of reward_hacking.py, in the form of those here."""
     return [{"flags": f"--kl-coef {x['kl_coef']:g}", "seed": x["seed"], "curves": x["curves"],
-             "accuracy": x["reward_model_accuracy"], "saved_gold": saved_gold("\n" + x["table"])}
+             "accuracy": x["reward_model_accuracy"],
+             "saved_gold": float(GOLD.search(x["table"])[1])}
             for x in common.read_results("reward_hacking")["runs"]]
 
 
@@ -128,6 +126,7 @@ def main():
             rows, figure = [], "largest log ratio" if group == "clip" else "gold"
             for flags in settings:
                 chosen = [x for x in runs if x["flags"] == flags]
+                label = flags.removeprefix("--kl-coef ")
                 found = {name: [y for x in chosen for y in COLUMNS[name](x)] for name in columns}
                 rows.append([flags, *(
                     f"{mean(x):.2f} ({f'{min(x):.2f} to {max(x):.2f}, ' * (len(x) > 1)}{len(x)})"
@@ -135,12 +134,12 @@ def main():
                 kl, gold = ([y for x in chosen for y in x["curves"][f"rollout/{key}"]]
                             for key in ("kl", "gold"))
                 if group == "beta":
-                    axis.plot([abs(x) ** 0.5 for x in kl], gold, ".", markersize=3, label=flags)
+                    axis.plot([abs(x) ** 0.5 for x in kl], gold, ".", markersize=3, label=label)
                     rows[-1] += gao(kl, gold) if max(kl) > 2 else []
                 else:
-                    axis.plot(found[figure], [flags] * len(chosen), "o", color=common.BLUE)
+                    axis.plot(found[figure], [label] * len(chosen), "o", color=common.BLUE)
             columns += ["g", "alpha", "b", "error of the fit"] * (group == "beta")
-            axis.set_title(f"{group}: {figure}{' over √KL' * (group == 'beta')}")
+            axis.set_title(f"{group}: {figure}{' over √KL' * (group == 'beta')}, by --kl-coef")
             axis.legend() if group == "beta" else axis.invert_yaxis()
             lines += [f"{group}:", "", *common.markdown(["flags", *columns], rows), ""]
     common.publish("ablations", lines)
