@@ -101,14 +101,6 @@ def kl_targets():
     common.publish("kl_target", common.markdown(columns, rows))
 
 
-def gold_at(run, kl):
-    """Mean gold over the iterations with about this KL, as a list; empty if there are none."""
-    curves = run["curves"]
-    found = [gold for x, gold in zip(curves["rollout/kl"], curves["rollout/gold"], strict=True)
-             if abs(x / kl - 1) < 0.15]
-    return [mean(found)] if found else []
-
-
 def main():
     """Run what is missing, two at a time, then summarise and plot."""
     jobs = [{"kl_coef": kl_coef, "seed": seed} for seed in SEEDS for kl_coef in KL_COEFS]
