@@ -214,7 +214,7 @@ def value_loss(new_values: Tensor, old_values: Tensor, returns: Tensor, mask: Te
 def adaptive_kl_coef(kl_coef: float, observed_kl: float, kl_target: float) -> float:
     """kl_coef · (1 + ½·clip(KL / target − 1, −0.2, 0.2)): at most 10 % up or down per iteration.
 
-    Both KLs in nats per response. Source: Ziegler 2019 (1909.08593), sec. 2.2, where ½ is 0.1."""
+    Both KLs in nats per response. Source: Ziegler 2019 (1909.08593), 2.2 (there 0.1, not ½)."""
     error = max(-0.2, min(0.2, observed_kl / kl_target - 1))
     return kl_coef * (1 + 0.5 * error)
 
