@@ -222,9 +222,7 @@ def main():
                 chosen = [x for x in runs if x["flags"] == flags]
                 label = flags.removeprefix("--kl-coef ")
                 found = {name: [y for x in chosen for y in COLUMNS[name](x)] for name in columns}
-                rows.append([flags, *(
-                    f"{mean(x):.2f} ({f'{min(x):.2f} to {max(x):.2f}, ' * (len(x) > 1)}{len(x)})"
-                    if x else "" for x in found.values())])
+                rows.append([flags, *map(common.spread, found.values())])
                 if group == "beta":
                     kl, gold = ([y for x in chosen for y in x["curves"][f"rollout/{key}"]]
                                 for key in ("kl", "gold"))

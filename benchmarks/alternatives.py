@@ -38,7 +38,8 @@ METHODS = {  # name: networks held, patch, settings (also the patch's defaults),
     "LoRA": (3, "lora", {"learning_rate": 1e-3, "critic_learning_rate": 1e-2, "lora_rank": 8,
                          "lora_alpha": 16.0}, "#7d3c98"),
 }
-BANDIT = {"PPO": ("", {}), "RLOO": ("rloo", {}), "DPO": ("dpo", {}), "GRPO": ("grpo", {}),
+BANDIT = {"PPO": ("", {}), "RLOO": ("rloo", {}), "DPO": ("dpo", {}),
+          "DPO four passes": ("dpo", {"total_episodes": 102_400}), "GRPO": ("grpo", {}),
           "GRPO KL in the reward": ("grpo", {"kl_in": "reward", "kl_estimator": "k1"}),
           "REINFORCE": ("", REINFORCE | {"minibatch_size": 256, "learning_rate": 1e-2})}
 NUMBERS, KEYS = [1, 4, 16, 64], ["gold", "score", "kl", "grammatical"]
@@ -145,16 +146,12 @@ def apart(folder, job):
     return common.run_apart(__file__, job | {"stages": str(stages)})
 
 
-def spread(values):  # mean (range) over the seeds
-    return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
 def main():
     """Run what is missing, one at a time; then tables, and gold over KL: means of 5 iterations."""
     kind = next((x for x in ("bandit", "alone") if f"--{x}" in sys.argv), "runs")
     names = list(BANDIT if kind == "bandit" else METHODS) + ["best of n"] * (kind == "runs")
     jobs = [{"kind": kind, "method": name, "seed": seed}
-            for seed in ([1, 2, 3] if kind == "runs" else [1]) for name in names]
+            for seed in ([1] if kind == "alone" else [1, 2, 3]) for name in names]
     with tempfile.TemporaryDirectory() as folder:
         results = common.run_missing(
             "alternatives", jobs, list(jobs[0]), functools.partial(apart, folder),
@@ -163,20 +160,25 @@ def main():
                     for name in [*METHODS, "best of n"]}
     with common.picture("alternatives", 1, 1, (7, 5)) as axes:
         for name in (x for x in METHODS if of[x]):
-            rows.append([name, *(spread([x["held_out"][key] for x in of[name]]) for key in KEYS)])
+            rows.append([name, *(common.spread([x["held_out"][key] for x in of[name]])
+                                 for key in KEYS)])
             kl, gold = ([mean(y for x in of[name] for y in x["curves"][key][i : i + 5])
                          for i in range(46)] for key in ("kl", "gold"))
             axes[0, 0].plot(kl, gold, color=METHODS[name][3], label=name)
         for n in NUMBERS if of["best of n"] else []:
             golds, kl = [x["gold"][str(n)] for x in of["best of n"]], math.log(n) - (n - 1) / n
-            rows.append([f"best of {n}", spread(golds), "", f"at most {kl:.2f}", ""])
+            rows.append([f"best of {n}", common.spread(golds), "", f"at most {kl:.2f}", ""])
             axes[0, 0].plot(kl, mean(golds), "k*", label="best of n" if n == 1 else None)
         axes[0, 0].set(xlabel="KL to the reference, nats per response", ylabel="gold reward")
         axes[0, 0].legend()
     lines = common.markdown(["held-out prompts", *KEYS], rows)
     for field, keys in TABLES.items():
-        rows = [[x["method"], *(f"{x[key]:.3g}" if key in x else "" for key in keys)]
-                for x in results.get(field, [])]
+        found = results.get(field, [])
+        rows = []
+        for name in dict.fromkeys(x["method"] for x in found):
+            cells = [[x[key] for x in found if x["method"] == name and key in x] for key in keys]
+            rows.append([name, *(common.spread(x, 3) if len(x) > 1 else
+                                 "".join(f"{y:.3g}" for y in x) for x in cells)])
         lines += ["", *common.markdown([field, *keys], rows)]
     common.publish("alternatives", lines)
 

@@ -15,7 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -223,6 +223,14 @@ def compare(one, other, digits=2):
     ratios = [one[x] / other[x] for x in one if x in other]
     return [*(f"{x:,.{digits}f}" for x in middle), f"{middle[0] / middle[1]:.2f}",
             f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else ""]
+
+
+def spread(values, digits=2):
+    """A cell: mean (range, number of seeds); empty without values."""
+    if not values:
+        return ""
+    middle, *ends = (f"{x:.{digits}f}" for x in (mean(values), min(values), max(values)))
+    return f"{middle} ({f'{ends[0]} to {ends[1]}, ' * (len(values) > 1)}{len(values)})"
 
 
 def markdown(columns, rows):

@@ -11,8 +11,6 @@ objective and with the bare surrogate (--policy-loss none), whose ratio nothing 
 tasks (200,000 steps, a minute each), 96 of two MuJoCo tasks (300,000 steps, three minutes each).
 """
 
-from statistics import mean
-
 import classic  # benchmarks/classic.py
 import common  # benchmarks/common.py
 
@@ -58,9 +56,7 @@ def main():
     for env_id in envs:
         for name in names:
             cells = [found.get((env_id, objective, name), []) for objective in ("clip", "none")]
-            rows.append([env_id, name, *(
-                f"{mean(x):.0f} ({min(x):.0f} to {max(x):.0f}, {len(x)})" if x else ""
-                for x in cells)])
+            rows.append([env_id, name, *(common.spread(x, 0) for x in cells)])
     common.publish("engstrom", common.markdown(
         ["environment", "variant", "with the clip", "without: bare surrogate"], rows))
     with common.picture("engstrom", 1, len(envs), (4.2 * len(envs), 4)) as axes:
