@@ -133,8 +133,8 @@ def save_random_models(folder, words, config):
 
 
 def trl_trainer(policy_folder, reward_folder, prompts, settings, callbacks=()):
-    """trl's PPOTrainer on the CPU, in float32, with nothing reported or saved; its critic starts
-    from the reward model. prompts: texts; settings: further ones of PPOConfig."""
+    """trl's PPOTrainer, with nothing reported or saved; its critic starts from the reward model.
+    prompts: texts; settings: further ones of PPOConfig, which is for the CPU in float32 else."""
     import datasets
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -146,7 +146,8 @@ def trl_trainer(policy_folder, reward_folder, prompts, settings, callbacks=()):
     config = PPOConfig(
         num_mini_batches=4, num_ppo_epochs=4, temperature=1.0, stop_token="eos",
         num_sample_generations=0, report_to="none", save_strategy="no", logging_strategy="no",
-        use_cpu=True, bf16=False, disable_tqdm=True, gradient_checkpointing=False, **settings)
+        disable_tqdm=True, gradient_checkpointing=False,
+        **{"use_cpu": True, "bf16": False} | settings)
     rows = [{"input_ids": tokenizer(prompt)["input_ids"]} for prompt in prompts]
     return PPOTrainer(args=config, processing_class=tokenizer, model=policy, ref_model=reference,
                       reward_model=reward_model, value_model=critic, callbacks=list(callbacks),

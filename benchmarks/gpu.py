@@ -5,9 +5,9 @@
 
 default: the default command on the GPU and on the CPU, means over the held-out prompts after PPO.
 large: PPO of a random Llama with the widths of Qwen2-0.5B, 50,000 words, products in bfloat16 and a
-separate critic. reading: responses that this model samples and reads per second; how far its log-
-probabilities in bfloat16 and in TF32 are from those in float32, in nats (a trained model's may be
-further). A part that failed is tried again by the next call.
+separate critic. trl: the same by trl (benchmarks/requirements.txt). reading: responses that this
+model samples and reads per second; how far its log-probabilities in bfloat16 and in TF32 are from
+those in float32, in nats (a trained model's may be further). The next call repeats what failed.
 """
 
 import json
@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 import common  # benchmarks/common.py
+import throughput  # benchmarks/throughput.py
 import torch
 import transformers
 
@@ -46,6 +47,15 @@ def large(_, folder, args):
     return {x: round(median(row[x] for row in rows), 3) for x in rows[0] if x.startswith("perf/")}
 
 
+def trl(device, folder, _):
+    """trl's PPOTrainer on the same work."""
+    torch.cuda.reset_peak_memory_stats() if GPU else None
+    found = throughput.run_trl(Path(folder), {"batch": BATCH, "response_len": LENGTH}, bf16=True,
+                               use_cpu=device == "cpu")
+    gpu = {"gpu_peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3)} if GPU else {}
+    return {name: round(x, 3) for name, x in found.items()} | gpu
+
+
 @torch.no_grad()
 def reading(_device, _folder, args):
     """Sample a batch, read it in three precisions; the times are those of the second call."""
@@ -70,10 +80,10 @@ def reading(_device, _folder, args):
 
 def main():
     """All parts, one after the other."""
-    parts = {"default": default, "large": large, "reading": reading}
+    parts = {"default": default, "large": large, "trl": trl, "reading": reading}
     devices = ["cuda", "cpu"][not GPU :]
     jobs = [{"part": "default", "device": x} for x in devices]
-    jobs += [{"part": name, "device": devices[0]} for name in ("large", "reading")]
+    jobs += [{"part": name, "device": devices[0]} for name in ("large", "trl", "reading")]
     hidden, inner, layers, heads = (32, 64, 2, 2) if TINY else (896, 4864, 24, 14)
     with tempfile.TemporaryDirectory() as folder:
         if TINY or not GPU:

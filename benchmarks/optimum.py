@@ -195,16 +195,13 @@ def our_flags(instance: Path, folder: Path, run: dict) -> list[str]:
     return flags.split()
 
 
-def run_ours(instance: Path, folder: Path, run: dict) -> tuple[Path, float]:
-    """ppo_rlhf.py through its command line. Returns: the folder of its policy, and the objective
-    that it reported at its end."""
+def run_ours(instance: Path, folder: Path, run: dict) -> Path:
+    """ppo_rlhf.py through its command line. Returns: the folder of its policy."""
     common.run_python(common.ROOT / "ppo_rlhf.py", *our_flags(instance, folder, run))
-    rows = common.read_metrics(folder / "run")[-10:]
-    reported = [x["rollout/score"] - run["beta"] * x["rollout/kl"] for x in rows]
-    return folder / "run" / "policy", statistics.mean(reported)
+    return folder / "run" / "policy"
 
 
-def run_trl(instance: Path, folder: Path, run: dict) -> tuple[Path, float]:
+def run_trl(instance: Path, folder: Path, run: dict) -> Path:
     """PPOTrainer of trl with the same sizes, epochs, clipping, λ and policy rate. What differs: it
     has one rate for policy and critic, and no gradient clipping. Returns: as run_ours."""
     rows = [json.loads(x)["prompt"] for x in (instance / "prompts.jsonl").read_text().splitlines()]
@@ -216,9 +213,7 @@ def run_trl(instance: Path, folder: Path, run: dict) -> tuple[Path, float]:
         "local_rollout_forward_batch_size": 256})
     trainer.train()
     trainer.policy_model.save_pretrained(folder / "trl_policy")
-    reported = [x["objective/rlhf_reward"] for x in trainer.state.log_history
-                if "objective/rlhf_reward" in x][-10:]
-    return folder / "trl_policy", sum(reported) / len(reported)
+    return folder / "trl_policy"
 
 
 RUNNERS = {"ours": run_ours, "trl": run_trl}
@@ -232,8 +227,8 @@ def one_run(run: dict) -> dict:
     with tempfile.TemporaryDirectory() as name:
         instance = Path(name, "instance")
         make_instance(instance, run["instance"])
-        policy, reported = RUNNERS[run["who"]](instance, Path(name, "runs"), run)
-        return report(policy, instance, run["beta"]) | {"J_reported": reported}
+        policy = RUNNERS[run["who"]](instance, Path(name, "runs"), run)
+        return report(policy, instance, run["beta"])
 
 
 # Runs, table, plot --------------------------------------------------------------------------------

@@ -125,14 +125,15 @@ def run_default(folder, job):
             "episodes_per_s": median(row["perf/episodes_per_s"] for row in rows)} | meter.memory()
 
 
-def run_trl(folder, job):
+def run_trl(folder, job, **settings):
     """PPOTrainer with as many optimizer steps, and as many rows at a time, as ours. Its critic is a
     model of its own in any case. An iteration starts where the one before has ended."""
     import transformers
     import trl.experimental.ppo  # noqa: F401 - before the memory is looked at
 
     meter = Meter()
-    save_models(folder, job["vocab"])
+    if "vocab" in job:  # gpu.py has models and prompts of its own
+        save_models(folder, job["vocab"])
 
     class Callback(transformers.TrainerCallback):
         on_train_begin = on_step_end = meter.start
@@ -142,7 +143,7 @@ def run_trl(folder, job):
         "output_dir": str(folder / "trl"), "total_episodes": job["batch"] * (ITERATIONS + 2),
         "per_device_train_batch_size": job["batch"], "gradient_accumulation_steps": 1,
         "response_length": job["response_len"], "missing_eos_penalty": 1.0,
-        "local_rollout_forward_batch_size": job["batch"]}, [Callback()])
+        "local_rollout_forward_batch_size": job["batch"], **settings}, [Callback()])
     trainer.train()
     return meter.report(job["batch"])
 
