@@ -189,8 +189,7 @@ def saved(key, text):
 def earlier():
     """The runs of reward_hacking.py, in the form of those here."""
     return [{"flags": f"--kl-coef {x['kl_coef']:g}", "seed": x["seed"], "curves": x["curves"],
-             "accuracy": x["reward_model_accuracy"],
-             "saved_gold": saved("gold", x["table"])}
+             "accuracy": x["reward_model_accuracy"], "saved_gold": saved("gold", x["table"])}
             for x in common.read_results("reward_hacking")["runs"]]
 
 

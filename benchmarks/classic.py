@@ -2,18 +2,23 @@
 
     python benchmarks/classic.py            # runs what is missing, two at a time, then plots
     python benchmarks/classic.py --table    # tables and picture from the committed results
+    python benchmarks/classic.py --only group=same    # does today's file do what was measured?
 
 70 runs of `python ppo_classic.py`, about 100 minutes on 2 cores. A run's figure is the
 mean return of its last 100 training episodes: noisy actions, running statistics. The committed runs
-are those of the first edition; each has its commit.
+are those of the first edition; group "same" runs its file and today's for 6,144 steps with the
+flags of each, and compares all weights, bit by bit.
 """
 
+import hashlib
 import tempfile
 from pathlib import Path
 from statistics import mean, stdev
 
 import common  # benchmarks/common.py
+import torch
 
+FIRST = "4de10bd"  # the commit of the committed runs
 KEYS = ("group", "env_id", "variant", "seed", "flags")
 SEEDS = [1, 2, 3]
 MORE_SEEDS = range(4, 11)  # of Acrobot: its spread is as large as its distance to CleanRL
@@ -45,24 +50,28 @@ VARIANTS = {
     "fixed KL 1": ("--policy-loss kl-fixed --kl-beta 1", 0.71),
 }
 TABLE1_ENVS = ["HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"]
-# The paper clips no gradient norm, anneals nothing, and clips no values: does "none" depend on it?
-BARE = "--max-grad-norm inf --no-anneal-lr --no-clip-vloss"
 
 
-def jobs():
-    """Every run, in the order of KEYS."""
+def measured():
+    """Every run whose return is measured, in the order of KEYS."""
     for seed in SEEDS:
         for env_id in PUBLISHED:
             yield "published", env_id, "clip 0.2", seed, ""
         for env_id in TABLE1_ENVS:
             for variant, (flags, _) in VARIANTS.items():
                 yield "table1", env_id, variant, seed, f"--total-timesteps 300000 {flags}"
-        flags = f"--total-timesteps 300000 {VARIANTS['none'][0]} {BARE}"
-        yield "bare", "HalfCheetah-v4", "none", seed, flags
         for env_id, flags in FLAGS.items():
             yield "flags", env_id, "clip 0.2", seed, flags
     for seed in MORE_SEEDS:
         yield "published", "Acrobot-v1", "clip 0.2", seed, ""
+
+
+def jobs():
+    """These, and the pairs of group "same"."""
+    yield from measured()
+    for env_id, flags in {(x[1], x[4]): 0 for x in measured()}:
+        for variant in ("first edition", "today"):
+            yield "same", env_id, variant, 1, f"{flags} --total-timesteps 6144"
 
 
 def read_returns(run_dir):
@@ -75,25 +84,25 @@ def read_returns(run_dir):
 
 
 def one_run(job):
-    """Run ppo_classic.py once in a folder of its own. Returns: its figure and its curve."""
+    """Run ppo_classic.py once in a folder of its own. Returns: its figure and its curve, or a hash
+    of its weights."""
     with tempfile.TemporaryDirectory() as folder:
-        process = common.run_python(
-            common.ROOT / "ppo_classic.py", "--env-id", job["env_id"], "--seed", job["seed"],
-            "--output-dir", folder, "--run-name", "run", *job["flags"].split(), may_fail=True)
-        result = {}
-        if "FloatingPointError" in process.stderr:  # the bare surrogate may diverge
-            result["diverged"] = process.stderr.strip().splitlines()[-1]
-        elif process.returncode != 0:
-            raise RuntimeError(process.stderr)
+        path = common.ROOT / "ppo_classic.py"
+        if job["variant"] == "first edition":
+            path = common.edition("ppo_classic.py", FIRST, folder)
+        common.run_python(path, "--env-id", job["env_id"], "--seed", job["seed"], "--output-dir",
+                          folder, "--run-name", "run", *job["flags"].split())
+        if job.get("group") == "same":
+            weights = torch.load(Path(folder, "run", "model.pt"))["agent"].values()
+            found = b"".join(sorted(x.numpy().tobytes() for x in weights))  # names have changed
+            return {"weights": hashlib.sha256(found).hexdigest()[:16]}
         steps, returns = read_returns(Path(folder, "run"))
     # The curve: 50 means over equal spans of steps; empty spans are left out.
     span, spans = max(steps) / 50, [[] for _ in range(50)]
     for step, value in zip(steps, returns, strict=True):
         spans[min(49, int(step / span))].append(value)
     curve = [[round((i + 0.5) * span), round(mean(x), 2)] for i, x in enumerate(spans) if x]
-    evaluation = process.stdout.strip().splitlines()[-1]
-    return result | {"last_100": mean(returns[-100:]), "episodes": len(returns), "curve": curve,
-                     "evaluation": evaluation}
+    return {"last_100": mean(returns[-100:]), "episodes": len(returns), "curve": curve}
 
 
 def random_return(env_id):
@@ -148,9 +157,7 @@ def summary(results):
         rows.append([variant, f"{VARIANTS[variant][1]:.2f}", f"{scores:.2f}",
                      *(f"{x:.0f}" for x in returns)])
     lines += ["", *common.markdown(["objective", "paper", "ours", *TABLE1_ENVS], rows)]
-    figures = [r["last_100"] for r in pick(results, "bare", "HalfCheetah-v4", "none")]
-    common.publish("classic", [*lines, "", f"none, HalfCheetah, {BARE}: "
-                               f"{', '.join(f'{x:.0f}' for x in figures)}"])
+    common.publish("classic", lines)
 
 
 def table1(results):

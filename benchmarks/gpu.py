@@ -98,7 +98,6 @@ def main():
             reward_model=(f"{folder}/reward_model",), eval_prompts=0, total_episodes=5 * BATCH,
             batch_size=BATCH, minibatch_size=BATCH // 4, max_prompt_len=LENGTH, critic="separate",
             response_len=LENGTH, dtype="bfloat16", output_dir=folder, run_name="run"))
-
         runs = common.run_missing(
             "gpu", jobs, ("part", "device"), lambda x: parts[x["part"]](x["device"], folder, args),
             ("torch", "transformers"), at_once=1)["runs"]

@@ -141,11 +141,6 @@ def response_probabilities(policy: list) -> torch.Tensor:
     return torch.cat([*ends, reach], dim=1)
 
 
-def eos_share(policy: list) -> float:
-    """Probability that a response ends by EOS before the length limit, mean over prompts."""
-    return response_probabilities(policy)[:, : -(NUM_WORDS**MAX_LEN)].sum(dim=1).mean().item()
-
-
 def distance(policy: list, other: list) -> float:
     """Total variation between two policies over whole responses, mean over prompts."""
     difference = response_probabilities(policy) - response_probabilities(other)
@@ -176,8 +171,7 @@ def report(lm_folder: Path, instance: Path, beta: float) -> dict[str, float]:
     best_kl = (objective(best_policy, reference, rewards, 0.0).item() - best) / beta
     return {"share": (reached - at_reference) / (best - at_reference), "J": reached,
             "J_reference": at_reference, "J_optimum": best, "kl": (mean_reward - reached) / beta,
-            "kl_optimum": best_kl, "total_variation": distance(policy, best_policy),
-            "eos": eos_share(policy), "eos_optimum": eos_share(best_policy)}
+            "kl_optimum": best_kl, "total_variation": distance(policy, best_policy)}
 
 
 # The contestants ----------------------------------------------------------------------------------

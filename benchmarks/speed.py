@@ -70,8 +70,7 @@ def main():
                        if (x["env_id"], x["who"]) == (env_id, who)} for who in CONTESTANTS}
         rows.append([env_id, *common.compare(*found.values(), digits=0)])
     common.publish("speed", common.markdown(
-        ["steps per second", "ours", "Stable-Baselines3", "ratio",
-         "in single rounds"], rows))
+        ["steps per second", "ours", "Stable-Baselines3", "ratio", "in single rounds"], rows))
 
 
 if __name__ == "__main__":
