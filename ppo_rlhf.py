@@ -912,7 +912,7 @@ def gather(items: list) -> list:
 def sum_gradients(model) -> None:
     """Add up the gradients of all processes."""
     if dist.is_initialized():
-        for weights in model.parameters():
+        for weights in (x for x in model.parameters() if x.requires_grad):
             if weights.grad is None:  # no token of this process has used them
                 weights.grad = torch.zeros_like(weights)
             dist.all_reduce(weights.grad)

@@ -35,7 +35,7 @@ METHODS = {  # name: networks held, patch, settings (also the patch's defaults),
     "REINFORCE": (3, "", REINFORCE | {"minibatch_size": 128, "learning_rate": 3e-3}, common.GREY),
     **{f"DPO β {beta}": (2, "dpo", {"kl_coef": beta, "learning_rate": 2e-4}, colour)
        for beta, colour in ((0.03, "#e59866"), (0.1, common.RED), (0.3, "#78281f"))},
-    "LoRA": (3, "lora", {"learning_rate": 1e-3, "critic_learning_rate": 1e-2, "lora_rank": 8,
+    "LoRA": (3, "lora", {"learning_rate": 1e-3, "critic_learning_rate": 1e-3, "lora_rank": 8,
                          "lora_alpha": 16.0}, "#7d3c98"),
 }
 BANDIT = {"PPO": ("", {}), "RLOO": ("rloo", {}), "DPO": ("dpo", {}),
