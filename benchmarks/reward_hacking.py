@@ -4,7 +4,7 @@
     python benchmarks/reward_hacking.py --kl-target    # does --kl-target reach its target?
 
 Runs of `python ppo_rlhf.py`, two at a time: nine (3 values of kl_coef, 3 seeds; 8 minutes on 2
-cores), and nine (3 targets, from 3 coefficients). With --table, tables and picture are made from
+cores), and 27 (3 targets, from 3 coefficients). With --table, tables and picture are made from
 what is in results/reward_hacking.json and kl_target.json.
 """
 
@@ -86,18 +86,18 @@ def plot(runs):
 
 def kl_targets():
     """Runs with --kl-target, and how far from it their last ten iterations are."""
-    jobs = [{"kl_target": target, "kl_coef": kl_coef, "seed": 1}
-            for target, kl_coef in itertools.product(KL_TARGETS, FROM_KL_COEFS)]
+    jobs = [{"kl_target": target, "kl_coef": kl_coef, "seed": seed}
+            for seed, target, kl_coef in itertools.product(SEEDS, KL_TARGETS, FROM_KL_COEFS)]
     runs = common.run_missing("kl_target", jobs, list(jobs[0]), one_run,
                               ("torch", "transformers"))["runs"]
     rows = []
-    for x in runs:
-        kl = last(x, "rollout/kl")
-        rows.append([f"{x['kl_target']:g}", f"{x['kl_coef']:g}", f"{kl:.2f}",
-                     f"{kl / x['kl_target'] - 1:+.0%}", f"{x['curves']['ppo/kl_coef'][-1]:.3f}",
-                     f"{max(x['curves']['rollout/kl']):.2f}", f"{last(x, 'rollout/gold'):.2f}"])
-    columns = ["kl_target", "kl_coef at first", "KL, last ten iterations", "off the target by",
-               "kl_coef at last", "largest KL", "gold, last ten iterations"]
+    for target, kl_coef in itertools.product(KL_TARGETS, FROM_KL_COEFS):
+        chosen = [x for x in runs if (x["kl_target"], x["kl_coef"]) == (target, kl_coef)]
+        figures = zip(*([last(x, "rollout/kl"), max(x["curves"]["rollout/kl"]), x["curves"][
+            "ppo/kl_coef"][-1], last(x, "rollout/gold")] for x in chosen), strict=True)
+        rows.append([f"{target:g}", f"{kl_coef:g}", *map(common.spread, figures)])
+    columns = ["kl_target", "kl_coef at first", "KL, last ten iterations", "largest KL",
+               "kl_coef at last", "gold, last ten iterations"]
     common.publish("kl_target", common.markdown(columns, rows))
 
 
