@@ -572,7 +572,7 @@ def update_policy(policy: Policy, optimizer, rollout: Rollout, kl_coef: float,
     """A few epochs of minibatch steps on one batch. Returns: statistics, means over the steps."""
     rng, steps = random.Random(seed), []  # steps: the statistics of each
     response_lens = rollout.response_mask.sum(dim=1).tolist()
-    policy.train()  # gradient checkpointing works in this mode only; dropout is 0 in all models
+    policy.train(args.gradient_checkpointing)  # works in this mode only; for the rest, eval mode
     for _ in range(args.update_epochs):
         order, epoch = rng.sample(range(len(rollout)), len(rollout)), []
         for row_idx in split_rows(order, args.minibatch_size):
@@ -938,9 +938,13 @@ CHAT_TEMPLATE = (  # hh-rlhf's format, for tokenizers that have no chat template
 
 def render(tokenizer, prompt: str | list[dict], response: str, ended: bool = True) -> str:
     """The text of a whole conversation. If it has not ended, what closes it is left out."""
-    text = prompt + response + tokenizer.eos_token if isinstance(prompt, str) else (
-        tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": response}],
-                                      tokenize=False))
+    if isinstance(prompt, str):
+        text = prompt + response + tokenizer.eos_token
+    elif response:
+        text = tokenizer.apply_chat_template(
+            [*prompt, {"role": "assistant", "content": response}], tokenize=False)
+    else:  # some templates refuse an empty answer, which a policy may give
+        text = "".join(frame(tokenizer, prompt)[1:])
     return text if ended else text.removesuffix(frame(tokenizer, prompt)[2])
 
 
@@ -950,10 +954,12 @@ def frame(tokenizer, prompt: str | list[dict]) -> tuple[str, str, str]:
     something there, such as a thought; what closes an answer, such as "<end>"."""
     start = prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(
         prompt, tokenize=False, add_generation_prompt=True)
-    before, _, closing = render(tokenizer, prompt, "ANSWER").rpartition("ANSWER")
+    before, *rest = render(tokenizer, prompt, "zanswerz").split("zanswerz")
+    if len(rest) != 1:
+        raise ValueError("its chat template does not show an answer once, letter by letter")
     # Tokens begin with the space before their word. So a space at the end of a prompt has to become
     # the first character of the response: in whole texts it is not a token of its own.
-    return start.rstrip(" "), before, closing
+    return start.rstrip(" "), before, rest[0]
 
 
 def encode_text(tokenizer, text: str) -> list[int]:
@@ -1169,6 +1175,8 @@ def read_row(row: dict) -> tuple[dict, list[str]]:
     if sides and all(isinstance(side, list) and side for side in sides):
         start = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
         sides = [start + side if side[0]["role"] == "assistant" else side for side in sides]
+        if not isinstance(prompt, str) and any(side[: len(start)] != start for side in sides):
+            raise ValueError("its sides do not begin with its prompt")
         prompt, last = sides[0][:-1], [side[-1] for side in sides]
         if any(side[:-1] != prompt or side[-1]["role"] != "assistant" for side in sides):
             raise ValueError("its sides differ before the assistant's last turn")
@@ -1185,8 +1193,9 @@ def read_row(row: dict) -> tuple[dict, list[str]]:
     if not prompt or not all(isinstance(side, str) for side in sides) or (
             not names and row.get("rejected") is not None):
         raise ValueError("it has no prompt, no chosen response, or one that is no text")
-    if isinstance(prompt, str):  # two words must not become one
-        sides = [" " + side if re.fullmatch("[A-Za-z0-9]{2}", prompt[-1] + side[:1]) else side
+    if isinstance(prompt, str):  # two words must not become one, where words have spaces
+        sides = [" " + side if side and all(x.isdigit() or x.lower() != x.upper()
+                                            for x in prompt[-1] + side[0]) else side
                  for side in sides]
     row = {name: x for name, x in row.items() if name not in ("chosen", "rejected")}
     return row | {"prompt": prompt} | dict(zip(("chosen", "rejected"), sides, strict=False)), names
@@ -1200,7 +1209,7 @@ def read_rows(flag: str, name: str, split: str, args: Args) -> list[dict]:
     with refusing(f"--policy-model {args.policy_model}", "give another model"):
         tokenizer = load_tokenizer(args.policy_model)
     rows, columns, used, dropped = [], set(), {"prompt"}, {}  # dropped: row numbers by reason
-    num_long = 0
+    num_long = num_cut = 0
     with refusing(f"{flag} {name}", "give a jsonl(.gz) or parquet file or a Hub id"):
         if Path(name).is_file() and not name.endswith(".parquet"):
             content = (gzip.open if name.endswith(".gz") else open)(name, "rb").read()
@@ -1224,7 +1233,8 @@ def read_rows(flag: str, name: str, split: str, args: Args) -> list[dict]:
                 for column in ("prompt_text", "chosen", "rejected")[: 1 + len(names)]:
                     row[column].encode()  # fails on half an emoji
                 for side in [row[x] for x in ("chosen", "rejected")[: len(names)]] or [None]:
-                    prompt_ids, _ = encode_dialogue(tokenizer, row["prompt"], side, [])
+                    prompt_ids, ids = encode_dialogue(tokenizer, row["prompt"], side, [])
+                    num_cut += len(ids) > (args.response_len or math.inf)
                 num_long += len(prompt_ids) > (args.max_prompt_len or math.inf)
                 used |= set(names)
                 rows.append(row)
@@ -1239,10 +1249,11 @@ def read_rows(flag: str, name: str, split: str, args: Args) -> list[dict]:
                              f"{', '.join(sorted(columns))}; wanted are prompt/chosen/rejected, "
                              "prompt/completion, messages or prompt")
     reasons += f"; {num_long} prompts lose their beginning (--max-prompt-len)" if num_long else ""
+    reasons += f"; {num_cut} responses are cut (--response-len)" if num_cut else ""
     unread = f"; columns that no model reads: {', '.join(sorted(columns - used))}"
     print(f"data         {len(rows)} of {len(source)} rows of {name} are used{reasons}"
           f"{unread if columns - used else ''}")
-    return [dict.fromkeys(sorted(columns)) | row for row in rows]
+    return [dict.fromkeys(sorted(columns.union(*rows))) | row for row in rows]
 
 
 def load_data(args: Args) -> Data:
@@ -1273,7 +1284,11 @@ def load_data(args: Args) -> Data:
     held_out.prompts = list({x["prompt_text"]: x for x in held_out.prompts}.values())
     data.held_out, path = held_out, Path((args.reward_fn or "").rpartition(":")[0])
     code = path.read_bytes() if path.is_file() else b""  # without one, load_reward_fn refuses
-    data.digest = hashlib.sha256(repr([rows, demonstrations, code]).encode()).hexdigest()
+    digest = hashlib.sha256(code)
+    for row in rows + demonstrations:  # of an image its type: its text has an address in memory
+        text = json.dumps(row, sort_keys=True, default=lambda x: type(x).__name__)
+        digest.update(text.encode())
+    data.digest = digest.hexdigest()
     print(f"prompts      {len(data.prompts)} rows to train on, {len(held_out.prompts)} distinct "
           "prompts held out")
     refuse(0 < len(held_out.prompts) < processes()[1],
@@ -1309,7 +1324,7 @@ def load_model(folder: Path | str, kind: str, args: Args, new_head: bool = False
     elif kind == "ForSequenceClassification" and config.num_labels != 1:
         raise ValueError(f"it has {config.num_labels} outputs, not one")
     for name, value in vars(config).items():
-        if "drop" in name and isinstance(value, float):
+        if re.search("drop|jitter", name) and isinstance(value, float):
             setattr(config, name, 0.0)  # else old and new log-probabilities would differ
         if value == "gelu_new":
             setattr(config, name, "gelu_pytorch_tanh")  # the same function in one kernel
@@ -1321,7 +1336,8 @@ def load_model(folder: Path | str, kind: str, args: Args, new_head: bool = False
     if missing := set(info["missing_keys"]) - ({"score.weight"} if new_head else set()):
         raise ValueError(f"it has no weights for {', '.join(sorted(missing))}")
     tokenizer = load_tokenizer(folder)
-    context = getattr(text_config, "max_position_embeddings", None) or 10**9
+    context = min(getattr(text_config, name, None) or 10**9
+                  for name in ("max_position_embeddings", "max_seq_len"))
     tokenizer.model_max_length = min(context, tokenizer.model_max_length)
     if max(tokenizer.get_vocab().values()) >= model.get_input_embeddings().num_embeddings:
         raise ValueError("its tokenizer has more tokens than the model")
@@ -1346,20 +1362,30 @@ def load_policy(folder: Path | str | None, args: Args) -> Policy:
            f"--max-prompt-len {args.max_prompt_len} + --response-len {args.response_len} exceed "
            f"the {tokenizer.model_max_length} tokens of --policy-model {folder}; lower them.")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    policy = Policy(lm, tokenizer, args).to(args.device)
+    policy = Policy(lm, tokenizer, replace(args, dtype="float32")).to(args.device)
     # `generate` of the saved model samples what PPO trained: no top-p, no penalty.
     lm.generation_config = transformers.GenerationConfig(
         do_sample=True, temperature=args.temperature, top_k=0, top_p=1.0,
         eos_token_id=policy.eos_ids, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         suppress_tokens=policy.vocab_bias.isinf().nonzero().flatten().tolist() or None)
-    ids = torch.tensor([[tokenizer.eos_token_id, 0, 1, 2]], device=args.device)
+    # The update reads padded rows as a whole, the sampler reads them in parts with a cache. Both
+    # have to give the model's own logits; a state of another kind than keys and values does not.
+    ids = torch.tensor([[tokenizer.pad_token_id] * 2 + [tokenizer.eos_token_id, 0, 1, 2, 3]])
+    ids, cache = ids.to(args.device), transformers.DynamicCache(config=lm.config)
+    mask = torch.arange(7, device=args.device).unsqueeze(0) > 1
     with torch.no_grad():
-        own = lm(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-        found = policy.logits(policy.states(lm.base_model, ids, ids >= 0), 1.0)
-    if torch.where(found.isinf(), 0, found - own).abs().max() > 0.1 * own.std():
-        raise ValueError("its logits are more than an output layer of its hidden states (some "
-                         "models scale or cap them)")
+        own = lm(input_ids=ids[:, 2:], attention_mask=mask[:, 2:].long()).logits
+        parts = [policy.states(lm.base_model, ids[:, first:end], mask[:, :end], cache)
+                 for first, end in ((0, 5), (5, 6), (6, 7))]
+        for hidden in (policy.states(lm.base_model, ids, mask), torch.cat(parts, dim=1)):
+            error = policy.logits(hidden[:, 2:], 1.0) - own
+            if (torch.where(error.isinf(), 0, error).abs().max() > 0.01 * own.std()
+                    or getattr(lm.config.get_text_config(), "final_logit_softcapping", None)):
+                raise ValueError("its logits are more than an output layer of hidden states, which "
+                                 "padding and a KV cache leave the same (some models scale or cap "
+                                 "logits, others have no such cache)")
+    policy.args = args
     return policy
 
 
@@ -1368,6 +1394,7 @@ def end_tokens(lm, tokenizer) -> list[int]:
     puts behind an answer, such as <end_of_turn>."""
     listed = lm.generation_config.eos_token_id  # an id, or in chat models a list of ids
     ids = {tokenizer.pad_token_id, *(listed if isinstance(listed, list) else [listed])}
+    ids -= {tokenizer.unk_token_id}  # some tokenizers pad with it, but it stands in texts too
     with contextlib.suppress(Exception):  # a template that wants other turns
         ids.add(encode_dialogue(tokenizer, [{"role": "user", "content": "Hi"}], "Hi", [])[1][-1])
     # An id that is an ordinary word is no EOS: some configs keep the default of another model.
@@ -1392,12 +1419,20 @@ def load_reward_model(folder: Path | str, args: Args, new_head: bool = False) ->
     return RewardModel(model.requires_grad_(new_head), tokenizer, args)
 
 
-def load_reward_fn(name: str, args: Args) -> Callable:
-    """--reward-fn: f(prompts, responses, ...); others by name: tokens, or a column of the data."""
+def load_reward_fn(name: str, args: Args, row: dict) -> Callable:
+    """--reward-fn: f(prompts, responses, ...); others by name: tokens, or a column of the data, of
+    which row is one."""
     path, _, function_name = name.rpartition(":")
     sys.path.insert(0, str(Path(path).resolve().parent))  # the file may import its neighbours
-    function, tokenizer = runpy.run_path(path)[function_name], load_tokenizer(args.policy_model)
-    names = list(inspect.signature(function).parameters)[2:]
+    with torch.no_grad():  # at whose end the file's own torch.set_grad_enabled is undone
+        function = runpy.run_path(path)[function_name]
+    torch.set_default_dtype(torch.float32)  # the file may have set another
+    tokenizer, names = load_tokenizer(args.policy_model), [*inspect.signature(function).parameters]
+    if re.match("completion|response", "".join(names[:1])):
+        raise ValueError("its first two parameters must be prompts and responses, in this order")
+    names = names[2:]
+    if taken := {"response", "response_ids", "ended", "tokens"} & {*names} & {*row}:
+        raise ValueError(f"its {min(taken)} could be the policy's or a column; rename the column")
 
     def token_texts(ids: list[int]) -> list[str]:
         """What each token adds to the text; one that ends within a character adds nothing."""
@@ -1405,11 +1440,13 @@ def load_reward_fn(name: str, args: Args) -> Callable:
         texts = [tokenizer.decode(ids[: end + 1]).rstrip("\ufffd") for end in range(len(ids))]
         return [text[len(before) :] for before, text in itertools.pairwise(texts)]
 
+    @torch.no_grad()
     @refusing(f"--reward-fn {name}", "it gets prompts, responses and, by name, tokens or columns "
               "of the data, and returns per response a finite number or a list of one per token")
     def scores_of(records: list[dict]) -> Tensor:
         """(records,), or (records, response_len) if there is one per token, filled up with 0."""
-        columns = {x: [record[x] for record in records] for x in records[0]}
+        # Copies, because a function may append its question to the messages of a prompt.
+        columns = {x: copy.deepcopy([record[x] for record in records]) for x in records[0]}
         if "tokens" in names:
             columns["tokens"] = [token_texts(ids) for ids in columns["response_ids"]]
         further = {name: columns[name] for name in names if name in columns}
@@ -1442,7 +1479,7 @@ def try_models(data: Data, args: Args) -> list[Callable]:
         records = decode(policy, collect_rollout(policy, policy, rows, args.seed, short), rows)
     if args.reward_fn is not None:
         with refusing(f"--reward-fn {args.reward_fn}", "give FILE.py:FUNCTION"):
-            sources.append(load_reward_fn(args.reward_fn, args))
+            sources.append(load_reward_fn(args.reward_fn, args, data.prompts[0]))
         sources[0](records)
     stage_2 = not sources and not args.reward_model
     for name in [args.policy_model] if stage_2 and args.policy_model else args.reward_model:

@@ -67,6 +67,7 @@ def texts(rows):
     ({"prompt": "a ", "chosen": "good"}, "a ", ["good"]),
     ({"prompt": "a:", "chosen": "good"}, "a:", ["good"]),
     ({"prompt": "a", "chosen": ". good"}, "a", [". good"]),
+    ({"prompt": "да", "chosen": "нет"}, "да", [" нет"]),
     ({"prompt": "日本", "chosen": "語"}, "日本", ["語"])])
 def test_every_format_gives_prompt_and_answers_and_other_columns_stay_and_are_named(
         load, capsys, row, prompt, sides):
@@ -90,6 +91,7 @@ def test_every_format_gives_prompt_and_answers_and_other_columns_stay_and_are_na
     ({"prompt": [USER], "chosen": [USER, CALL], "rejected": [USER, BAD]}, "such as tool calls"),
     ({"messages": [USER, GOOD | {"content": None}]}, "no text"),
     ({"messages": [USER, {"role": "assistant"}]}, ""),
+    ({"prompt": [RULES, USER], "chosen": [USER, GOOD]}, "do not begin with its prompt"),
     *(({"chosen": chosen, "rejected": rejected}, "before the assistant's last turn")
       for chosen, rejected in [
         ([RULES, USER, GOOD], [USER, BAD]),  # another system turn
@@ -237,6 +239,8 @@ nothing = lambda prompts, responses: None
 not_a_number = lambda prompts, responses: [float("nan")] * len(responses)
 too_many = lambda prompts, responses, tokens: [[0.0] * (len(x) + 1) for x in tokens]
 asks_for_more = lambda prompts, responses, colour: colour
+swapped = lambda completions, prompts: [1.0] * len(prompts)
+which = lambda prompts, responses, response: [1.0] * len(response)
 '''
 
 
@@ -269,6 +273,7 @@ def places(folder, policy_folder, pairs_file):
     files = {"rewards.py": REWARDS, "broken.py": "def f(:\n", "bytes.parquet": "PAR1 and no more",
              "half.jsonl": '{"prompt": "a", "chos', "empty.jsonl": "", "a_run/args.json": "{}",
              "columns.jsonl": '{"question": "a", "reply": "b"}', "prompts.jsonl": '{"prompt": "a"}',
+             "taken.jsonl": json.dumps(PAIR | {"response": "b"}),
              "equal.jsonl": json.dumps(PAIR | {"rejected": PAIR["chosen"]}),
              "chats.jsonl": "\n".join(map(json.dumps, chats))}
     for name, text in files.items():
@@ -369,7 +374,8 @@ NO_SFT = {"dataset": "{dir}/prompts.jsonl", "sft_epochs": 0}
         ("{dir}/rewards.py:wrong_count", "1 scores for 2 responses"),
         ("{dir}/rewards.py:wrong_type", ""), ("{dir}/rewards.py:nothing", ""),
         ("{dir}/rewards.py:not_a_number", "nan for '"), ("{dir}/rewards.py:too_many", " for '"),
-        ("{dir}/rewards.py:asks_for_more", "colour")])])
+        ("{dir}/rewards.py:asks_for_more", "colour"), ("{dir}/rewards.py:swapped", "this order")]),
+    ({"reward_fn": "{dir}/rewards.py:which", "dataset": "{dir}/taken.jsonl"}, "rename the column")])
 def test_bad_input_is_refused_in_one_sentence_before_training(args, places, changes, named, capsys):
     def fill(value):
         return value.format(**places) if isinstance(value, str) else (

@@ -30,8 +30,10 @@ ppo/log_ratio_first ppo/log_ratio_max ppo/explained_variance ppo/grad_norm ppo/k
 ppo/learning_rate perf/rollout_s perf/score_s perf/update_s perf/episodes_per_s"""
 
 REWARDS = """
-import json, time
+import json, time, torch
 from my_words import WORD  # a neighbour of this file
+torch.set_grad_enabled(False)  # as files do that only read models
+torch.set_default_dtype(torch.bfloat16)
 
 def letters(prompts, responses): return [len(x) / 10 for x in responses]
 def plus_10(prompts, responses): return [10 + len(x) / 10 for x in responses]

@@ -429,9 +429,30 @@ def test_the_tokens_that_a_reward_function_gets_join_to_the_response(tmp_path):
                                    "    assert [''.join(x) for x in tokens] == [\n"
                                    "        responses[0] + '[EOS]', responses[1]]\n"
                                    "    return [[len(x) for x in row] for row in tokens]\n")
-    lens = ppo.load_reward_fn(f"{tmp_path}/f.py:f", policy.args)(records)
+    lens = ppo.load_reward_fn(f"{tmp_path}/f.py:f", policy.args, {})(records)
     assert [x["response"] for x in records] == [" né☺", " né☺ "]  # the second is cut at its limit
     assert lens.tolist() == [[1, 1, 0, 1, 0, 0, 1, 5], [1, 1, 0, 1, 0, 0, 1, 1]]
+
+
+def test_a_padding_token_that_also_stands_for_unknown_words_ends_no_response(tmp_path):
+    folder = save(tmp_path, make_lm(), make_tokenizer(pad_token="[UNK]", unk_token="[UNK]"))
+    policy = ppo.load_policy(folder, args_of(policy_model=folder))
+    assert policy.eos_ids == [1]
+    assert ppo.encode(policy, [{"prompt": "the", "chosen": " Plot was"}], "chosen").ended.all()
+
+
+def test_templates_may_refuse_empty_answers_but_not_change_letters_functions_get_copies(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = ("{% for m in messages %}{{ m.content or raise_exception('empty') }}"
+                               " [END] {% endfor %}")
+    assert ppo.render(tokenizer, [USER], "") == "the plot [END]  [END] "
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | title }} [END] {% endfor %}"
+    with pytest.raises(ValueError, match="letter by letter"):
+        ppo.frame(tokenizer, [USER])
+    (tmp_path / "f.py").write_text("f = lambda prompts, responses: [len(x.pop()) for x in prompts]")
+    row = record([USER], "") | {"response_ids": [1]}
+    assert ppo.load_reward_fn(f"{tmp_path}/f.py:f", args_of(), row)([row]) == 2
+    assert row["prompt"] == [USER]
 
 
 TRIAL = ppo.Data([{"prompt": [USER]}], [], [], held_out=ppo.Data([], [], []))
@@ -443,7 +464,9 @@ UP = "model.layers.1.mlp.up_proj.weight"
     ("policy_model", make_lm, UP, f"no weights for {UP}"),
     ("policy_model", make_lm, "model.safetensors", "safetensors"),  # pickled weights
     ("policy_model", lambda: make_lm("Gemma2"), None, "more than an output layer"),  # it caps
+    ("policy_model", lambda: make_lm("Gemma2", final_logit_softcapping=30.0), None, "cap logits"),
     ("policy_model", lambda: make_lm("Cohere"), None, "more than an output layer"),  # it scales
+    ("policy_model", lambda: make_lm("Mamba", state_size=4), None, "cannot be used"),  # no KV cache
     ("reward_model", make_reward_model, "score.weight", "no weights for score.weight"),
     ("reward_model", make_reward_model, UP, f"no weights for {UP}"),
     ("reward_model", lambda: make_lm(num_labels=1), None, "no weights for score.weight"),
