@@ -83,7 +83,7 @@ RLHF = [
     ("trl #6337", "the saved policy has the generation config of the given model", "rollout",
      "lm.generation_config = transformers.GenerationConfig(", "transformers.GenerationConfig("),
     ("trl #1540", "dropout stays on", "rollout",
-     'if "drop" in name and isinstance(value, float):',
+     'if re.search("drop|jitter", name) and isinstance(value, float):',
      'if "dropout" in name and isinstance(value, float):'),
     ("trl #2057", "the reference is the policy itself", "pipeline",
      "policy, reference = load_policy(sft, args), load_policy(sft, args)",
