@@ -176,10 +176,10 @@ def test_what_it_says_of_reward_hacking_is_what_the_raw_results_say():
 def test_what_it_says_of_kl_targets_is_what_the_raw_results_say():
     off = [(x["kl_coef"], statistics.mean(x["curves"]["rollout/kl"][-10:]) / x["kl_target"] - 1)
            for x in result("kl_target")["runs"]]
-    near = [abs(y) < 0.105 for x, y in off if x >= 0.05]
-    assert (sum(near), len(near)) == (5, 6) and "five of six runs end within 10 %" in README
-    assert all(y > 0.5 for x, y in off if x < 0.05)
-    assert (ROOT / "benchmarks/results/kl_target.md").read_text().split("\n\n")[0].strip() in LONG
+    near = [abs(y) < 0.15 for x, y in off if x >= 0.05]
+    said = re.search(r"(\d+) of (\d+) runs\s+end within 15 %", README)
+    assert said.groups() == (str(sum(near)), str(len(near))) and len(off) == 27
+    assert all(y > 0.2 for x, y in off if x < 0.05)
 
 
 def test_the_tables_of_control_tasks_are_what_the_raw_results_say():
@@ -204,35 +204,22 @@ def test_the_table_of_speeds_is_what_the_raw_results_say():
         assert f"{ratio:.2f} times" in line
 
 
-def test_the_table_of_optima_is_what_the_raw_results_say():
-    results = result("optimum")
-    assert {"cpu", "torch", "trl"} <= set(results["hardware"])
-    for instance in range(1, 6):
-        def shares(group, who, instance=instance):
-            return [x["share"] for x in results["runs"]
-                    if (x["group"], x["who"], x["instance"]) == (group, who, instance)]
-
-        cells = [f"{statistics.mean(x):.3f} ± {statistics.stdev(x):.3f}" if x else "" for x in
-                 (shares("peers", "trl"), shares("peers", "ours"),
-                  shares("second edition", "ours"))]
-        cells += [f"{x[0]:.3f}" if x else "" for x in
-                  (shares("tuned", "ours"), shares("long", "ours"))]
-        row = f"| {instance} | {' | '.join(cells)} |".replace("|  |", "| |")
-        assert row in LONG, row
-
-
 def test_what_it_says_of_optima_is_what_the_raw_results_say():
-    runs = result("optimum")["runs"]
-    means = [statistics.mean(x["share"] for x in runs if x["instance"] == 1
-                             and (x["group"], x["who"]) == group)
-             for group in (("second edition", "ours"), ("peers", "trl"))]
-    longest, = [x["share"] for x in runs if x["group"] == "longest"]
-    one_epoch, = [x["share"] for x in runs if "--update-epochs 1" in x["flags"]
-                  and x["group"] == "limits"]
-    text = " ".join(README.split())
-    assert ", ".join(f"{x['share']:.3f}" for x in runs if x["group"] == "third edition") in LONG
-    assert "Ours reaches {:.3f} of the possible gain, trl {:.3f}".format(*means) in text
-    assert f"tuned settings, one run reaches {longest:.3f}" in text
+    runs, text = result("optimum")["runs"], " ".join(README.split())
+
+    def shares(group, who="ours"):
+        """Mean over the seeds, of each instance."""
+        found = [[x["share"] for x in runs if (x["group"], x["who"], x["instance"])
+                  == (group, who, i)] for i in range(1, 6)]
+        return [statistics.mean(x) for x in found]
+
+    ours, trl, long = shares("third edition"), shares("peers", "trl"), shares(
+        "third edition, long")
+    assert f"reaches {min(ours):.3f} to {max(ours):.3f} of the possible gain" in text
+    assert "trl is within a hundredth of that on each" in text
+    assert all(abs(x - y) < 0.0105 for x, y in zip(ours, trl, strict=True))
+    assert f"four times the episodes it is {min(long):.3f} to {max(long):.3f}." in text
+    one_epoch, = [x["share"] for x in runs if x["flags"] == "--update-epochs 1"]
     assert f"instead of four reaches {one_epoch:.3f}" in text
 
 
@@ -261,8 +248,8 @@ def test_every_killed_run_ended_the_same_after_resume():
     assert "20 of 20" in README
 
 
-@pytest.mark.parametrize("name", ["memory", "alternatives", "pretrained", "ablations",
-                                  "credit", "throughput", "engstrom"])
+@pytest.mark.parametrize("name", ["memory", "alternatives", "pretrained", "ablations", "optimum",
+                                  "kl_target", "credit", "throughput", "engstrom"])
 def test_the_tables_of_studies_are_what_the_benchmarks_wrote(name):
     for block in (ROOT / "benchmarks" / "results" / f"{name}.md").read_text().split("\n\n"):
         assert not block.startswith("|") or block.strip() in LONG
@@ -285,7 +272,11 @@ def test_what_it_says_of_alternatives_is_what_the_raw_results_say():
     size = {x["method"]: x.get("bytes_per_parameter") for x in result("alternatives")["alone"]}
     assert size["PPO"] == size["GRPO"] and (
         f"{size['GRPO']:.0f} bytes per parameter, not {size['PPO separate critic']:.0f}" in text)
-    shares = {x["method"]: f"{x['share']:.3f}" for x in result("alternatives")["bandit"]}
+    found = {}
+    for x in result("alternatives")["bandit"]:
+        found.setdefault(x["method"], []).append(x["share"])
+    assert all(len(x) == 3 for x in found.values())
+    shares = {name: f"{statistics.mean(x):.3f}" for name, x in found.items()}
     assert "PPO's share is {PPO}, RLOO's {RLOO}".format(**shares) in text
     assert f"GRPO's is {shares['GRPO']}, or {shares['GRPO KL in the reward']} with" in text
     assert f"REINFORCE's {shares['REINFORCE']}; from noisy pairs, DPO's {shares['DPO']}" in text
