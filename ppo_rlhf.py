@@ -572,7 +572,7 @@ def update_policy(policy: Policy, optimizer, rollout: Rollout, kl_coef: float,
     """A few epochs of minibatch steps on one batch. Returns: statistics, means over the steps."""
     rng, steps = random.Random(seed), []  # steps: the statistics of each
     response_lens = rollout.response_mask.sum(dim=1).tolist()
-    policy.train(args.gradient_checkpointing)  # works in this mode only; for the rest, eval mode
+    policy.train(args.gradient_checkpointing)  # only then train mode: some models are noisy in it
     for _ in range(args.update_epochs):
         order, epoch = rng.sample(range(len(rollout)), len(rollout)), []
         for row_idx in split_rows(order, args.minibatch_size):
@@ -1380,7 +1380,7 @@ def load_policy(folder: Path | str | None, args: Args) -> Policy:
                  for first, end in ((0, 5), (5, 6), (6, 7))]
         for hidden in (policy.states(lm.base_model, ids, mask), torch.cat(parts, dim=1)):
             error = policy.logits(hidden[:, 2:], 1.0) - own
-            if (torch.where(error.isinf(), 0, error).abs().max() > 0.01 * own.std()
+            if (torch.where(error.isinf(), 0, error).abs().max() > 0.05 * own.std()
                     or getattr(lm.config.get_text_config(), "final_logit_softcapping", None)):
                 raise ValueError("its logits are more than an output layer of hidden states, which "
                                  "padding and a KV cache leave the same (some models scale or cap "
