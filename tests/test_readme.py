@@ -289,7 +289,7 @@ def test_what_it_says_of_alternatives_is_what_the_raw_results_say():
 
 def test_what_it_says_of_clipping_and_of_a_public_model_is_what_the_raw_results_say():
     text, ends = " ".join(README.split()).replace("−", "-"), {}
-    for x in result("ablations")["runs"]:
+    for x in (x for x in result("ablations")["runs"] if x["group"] != "sums"):
         gold = statistics.mean(x["curves"]["rollout/gold"][-10:])
         ends.setdefault((x["group"], x["flags"]), []).append(gold)
     unclipped, bare = (ends["clip", f"--kl-coef {x} --clip-coef 1e9"] for x in (0.05, 0))
@@ -301,6 +301,11 @@ def test_what_it_says_of_clipping_and_of_a_public_model_is_what_the_raw_results_
         " --num-comparisons 24000", ", second round"))
     assert len(more) == len(again) == 3 and max(more) < -1
     assert f"helped: gold {statistics.mean(again):.2f}" in text
+    sums = [(x["curves"]["rollout/score"], x["saved_score"]) for x in result("ablations")["runs"]
+            if x["flags"] == "--kl-coef 0, sums"]
+    right = [(x[0], statistics.mean(x[-10:]), y) for x, y in sums]
+    assert len(sums) == 3 and "from {:.2f} to {:.2f} right ones without a KL; {:.2f} on".format(
+        *map(statistics.mean, zip(*right, strict=True))) in text
     runs = [x for x in result("pretrained")["runs"] if x["kl_coef"] == 0.02]
     before, after = (statistics.mean(x["score"][i] for x in runs) for i in (0, 1))
     assert f"rises from {before:.2f} to {after:.2f}." in text and len(runs) == 3
