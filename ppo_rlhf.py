@@ -1285,7 +1285,8 @@ def load_data(args: Args) -> Data:
     data.held_out, path = held_out, Path((args.reward_fn or "").rpartition(":")[0])
     code = path.read_bytes() if path.is_file() else b""  # without one, load_reward_fn refuses
     digest = hashlib.sha256(code)
-    for row in rows + demonstrations:  # of an image its type: its text has an address in memory
+    # Of an image its type is used, because its text has an address in memory.
+    for row in rows + (demonstrations if args.sft_dataset else []):
         text = json.dumps(row, sort_keys=True, default=lambda x: type(x).__name__)
         digest.update(text.encode())
     data.digest = digest.hexdigest()
@@ -1376,15 +1377,15 @@ def load_policy(folder: Path | str | None, args: Args) -> Policy:
     mask = torch.arange(7, device=args.device).unsqueeze(0) > 1
     with torch.no_grad():
         own = lm(input_ids=ids[:, 2:], attention_mask=mask[:, 2:].long()).logits
+        whole = policy.states(lm.base_model, ids, mask)
         parts = [policy.states(lm.base_model, ids[:, first:end], mask[:, :end], cache)
                  for first, end in ((0, 5), (5, 6), (6, 7))]
-        for hidden in (policy.states(lm.base_model, ids, mask), torch.cat(parts, dim=1)):
-            error = policy.logits(hidden[:, 2:], 1.0) - own
-            if (torch.where(error.isinf(), 0, error).abs().max() > 0.05 * own.std()
-                    or getattr(lm.config.get_text_config(), "final_logit_softcapping", None)):
-                raise ValueError("its logits are more than an output layer of hidden states, which "
-                                 "padding and a KV cache leave the same (some models scale or cap "
-                                 "logits, others have no such cache)")
+        error = policy.logits(torch.cat([whole, torch.cat(parts, dim=1)])[:, 2:], 1.0) - own
+    capped = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
+    if capped or torch.where(error.isinf(), 0, error).abs().max() > 0.05 * own.std():
+        raise ValueError("its logits are more than an output layer of hidden states, which padding "
+                         "and a KV cache leave the same (some models scale or cap logits, others "
+                         "have no such cache)")
     policy.args = args
     return policy
 
@@ -1424,15 +1425,14 @@ def load_reward_fn(name: str, args: Args, row: dict) -> Callable:
     which row is one."""
     path, _, function_name = name.rpartition(":")
     sys.path.insert(0, str(Path(path).resolve().parent))  # the file may import its neighbours
-    with torch.no_grad():  # at whose end the file's own torch.set_grad_enabled is undone
-        function = runpy.run_path(path)[function_name]
+    function, tokenizer = runpy.run_path(path)[function_name], load_tokenizer(args.policy_model)
     torch.set_default_dtype(torch.float32)  # the file may have set another
-    tokenizer, names = load_tokenizer(args.policy_model), [*inspect.signature(function).parameters]
-    if re.match("completion|response", "".join(names[:1])):
+    names = list(inspect.signature(function).parameters)
+    if "".join(names).startswith(("completion", "response")):
         raise ValueError("its first two parameters must be prompts and responses, in this order")
     names = names[2:]
     if taken := {"response", "response_ids", "ended", "tokens"} & {*names} & {*row}:
-        raise ValueError(f"its {min(taken)} could be the policy's or a column; rename the column")
+        raise ValueError(f"its parameter {min(taken)} is also a column; rename the column")
 
     def token_texts(ids: list[int]) -> list[str]:
         """What each token adds to the text; one that ends within a character adds nothing."""
@@ -1440,7 +1440,6 @@ def load_reward_fn(name: str, args: Args, row: dict) -> Callable:
         texts = [tokenizer.decode(ids[: end + 1]).rstrip("\ufffd") for end in range(len(ids))]
         return [text[len(before) :] for before, text in itertools.pairwise(texts)]
 
-    @torch.no_grad()
     @refusing(f"--reward-fn {name}", "it gets prompts, responses and, by name, tokens or columns "
               "of the data, and returns per response a finite number or a list of one per token")
     def scores_of(records: list[dict]) -> Tensor:
@@ -1468,6 +1467,7 @@ def load_reward_fn(name: str, args: Args, row: dict) -> Callable:
     return scores_of
 
 
+@torch.no_grad()  # also ends a torch.set_grad_enabled(False) in the reward function's file
 def try_models(data: Data, args: Args) -> list[Callable]:
     """Before stage 1 takes hours: sample two tokens for two prompts, read and score them; render
     all prompts for given reward models. Returns: the given sources of scores; none if stage 2 is

@@ -50,11 +50,11 @@ RECORDED = ["rollout/gold", "rollout/kl", "rollout/score", "rollout/grammatical"
             "ppo/explained_variance", "ppo/approx_kl", "ppo/log_ratio_max", "ppo/clipfrac"]
 COLUMNS = {key.split("/")[1]: lambda x, key=key: [last(x, key)] if x["curves"].get(key) else []
            for key in RECORDED}  # figures of a run, as lists that are empty if there is none
+COLUMNS |= {name: lambda x, key=key: [x[key]] if x.get(key) is not None else []
+            for name, key in (("saved gold", "saved_gold"), ("saved score", "saved_score"),
+                              ("held-out accuracy", "accuracy"))}
 COLUMNS |= {
-    "saved gold": lambda x: [x["saved_gold"]] if x["saved_gold"] is not None else [],
-    "saved score": lambda x: [x["saved_score"]] if "saved_score" in x else [],
     "SFT score": lambda x: [x["curves"]["rollout/score"][0]],
-    "held-out accuracy": lambda x: [x["accuracy"]],
     "largest log ratio": lambda x: [max(x["curves"]["ppo/log_ratio_max"])],
     **{f"gold at KL {kl}": lambda x, kl=kl: gold_at(x, kl) for kl in (1, 2, 4, 8, 12)}}
 AT_KL = [x for x in COLUMNS if x.startswith("gold at")]

@@ -173,8 +173,7 @@ def main():
         axes[0, 0].legend()
     lines = common.markdown(["held-out prompts", *KEYS], rows)
     for field, keys in TABLES.items():
-        found = results.get(field, [])
-        rows = []
+        found, rows = results.get(field, []), []
         for name in dict.fromkeys(x["method"] for x in found):
             cells = [[x[key] for x in found if x["method"] == name and key in x] for key in keys]
             rows.append([name, *(common.spread(x, 3) if len(x) > 1 else

@@ -134,7 +134,7 @@ def save_random_models(folder, words, config):
 
 def trl_trainer(policy_folder, reward_folder, prompts, settings, callbacks=()):
     """trl's PPOTrainer, with nothing reported or saved; its critic starts from the reward model.
-    prompts: texts; settings: further ones of PPOConfig, which is for the CPU in float32 else."""
+    prompts: texts; settings: of PPOConfig; by default the CPU and float32 are used."""
     import datasets
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from trl.experimental.ppo import PPOConfig, PPOTrainer

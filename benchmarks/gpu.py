@@ -49,11 +49,13 @@ def large(_, folder, args):
 
 def trl(device, folder, _):
     """trl's PPOTrainer on the same work."""
-    torch.cuda.reset_peak_memory_stats() if GPU else None
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
     found = throughput.run_trl(Path(folder), {"batch": BATCH, "response_len": LENGTH}, bf16=True,
                                use_cpu=device == "cpu")
-    gpu = {"gpu_peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3)} if GPU else {}
-    return {name: round(x, 3) for name, x in found.items()} | gpu
+    if GPU:
+        found["gpu_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return {name: round(x, 3) for name, x in found.items()}
 
 
 @torch.no_grad()

@@ -169,9 +169,11 @@ def report(lm_folder: Path, instance: Path, beta: float) -> dict[str, float]:
     reached = objective(policy, reference, rewards, beta).item()
     mean_reward = objective(policy, reference, rewards, 0.0).item()
     best_kl = (objective(best_policy, reference, rewards, 0.0).item() - best) / beta
-    return {"share": (reached - at_reference) / (best - at_reference), "J": reached,
-            "J_reference": at_reference, "J_optimum": best, "kl": (mean_reward - reached) / beta,
-            "kl_optimum": best_kl, "total_variation": distance(policy, best_policy)}
+    ended = [response_probabilities(x)[:, : -(NUM_WORDS**MAX_LEN)].sum(dim=1).mean().item()
+             for x in (policy, best_policy)]  # by EOS, before the length limit: mean over prompts
+    return {"share": (reached - at_reference) / (best - at_reference), "kl_optimum": best_kl,
+            "kl": (mean_reward - reached) / beta, "total_variation": distance(policy, best_policy),
+            "eos": ended[0], "eos_optimum": ended[1]}
 
 
 # The contestants ----------------------------------------------------------------------------------
@@ -253,15 +255,15 @@ def main() -> None:
     runs = common.run_missing(
         "optimum", jobs(), list(job("", "")), functools.partial(common.run_apart, __file__),
         ("torch", "transformers", "numpy", "trl"), ("share",))["runs"]
-    table(runs)
-    plot(runs)
+    shares = {column: {i: [x["share"] for x in runs if (x["group"], x["who"], x["instance"])
+                           == (*key, i)] for i in INSTANCES} for column, key in COLUMNS.items()}
+    table(runs, shares)
+    plot(shares)
 
 
-def table(runs: list[dict]) -> None:
+def table(runs: list[dict], shares: dict) -> None:
     """The share on each instance; then that of one run per changed setting, on instance 1."""
-    rows = [[instance, *(common.spread([x["share"] for x in runs if x["instance"] == instance
-                                        and (x["group"], x["who"]) == column], 3)
-                         for column in COLUMNS.values())] for instance in INSTANCES]
+    rows = [[i, *(common.spread(x[i], 3) for x in shares.values())] for i in INSTANCES]
     changed = [[x["flags"] or "none", f"{x['share']:.3f}"] for x in runs if (
         x["group"] == "third edition, limits" or (x["group"], x["instance"], x["seed"])
         == ("third edition", 1, 1))]
@@ -269,24 +271,20 @@ def table(runs: list[dict]) -> None:
                                *common.markdown(["changed setting", "share"], changed)])
 
 
-def plot(runs: list[dict]) -> None:
+def plot(shares: dict) -> None:
     """What is missing of the possible gain: ours and trl's on each instance, then the long runs."""
     bars = [("trl 1.12", common.GREY), ("ours", common.BLUE),
             ("ours, tuned, 204,800 episodes", common.GREEN)]
     with common.picture("optimum", 1, 1, (7, 3)) as axes:
         axis = axes[0, 0]
         for i, (column, colour) in enumerate(bars):
-            missing = {}
-            for x in runs:
-                if (x["group"], x["who"]) == COLUMNS[column]:
-                    missing.setdefault(x["instance"], []).append(100 * (1 - x["share"]))
+            missing = {k: [100 * (1 - y) for y in x] for k, x in shares[column].items() if x}
             places = [instance + 0.27 * (i - 1) for instance in missing]
             axis.bar(places, [statistics.mean(x) for x in missing.values()], 0.25, label=column,
                      color=colour)
             for place, values in zip(places, missing.values(), strict=True):  # each seed
                 axis.plot([place] * len(values), values, "_", color="black", markersize=8)
-        axis.set_xlabel("instance")
-        axis.set_ylabel("missing to the optimum,\n% of the possible gain")
+        axis.set(xlabel="instance", ylabel="missing to the optimum,\n% of the possible gain")
         axis.legend()
 
 

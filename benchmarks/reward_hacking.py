@@ -93,9 +93,9 @@ def kl_targets():
     rows = []
     for target, kl_coef in itertools.product(KL_TARGETS, FROM_KL_COEFS):
         chosen = [x for x in runs if (x["kl_target"], x["kl_coef"]) == (target, kl_coef)]
-        figures = zip(*([last(x, "rollout/kl"), max(x["curves"]["rollout/kl"]), x["curves"][
-            "ppo/kl_coef"][-1], last(x, "rollout/gold")] for x in chosen), strict=True)
-        rows.append([f"{target:g}", f"{kl_coef:g}", *map(common.spread, figures)])
+        figures = [[last(x, "rollout/kl"), max(x["curves"]["rollout/kl"]),
+                    x["curves"]["ppo/kl_coef"][-1], last(x, "rollout/gold")] for x in chosen]
+        rows.append([f"{target:g}", kl_coef, *map(common.spread, zip(*figures, strict=True))])
     columns = ["kl_target", "kl_coef at first", "KL, last ten iterations", "largest KL",
                "kl_coef at last", "gold, last ten iterations"]
     common.publish("kl_target", common.markdown(columns, rows))

@@ -27,7 +27,7 @@ def ours(env_id):
     with tempfile.TemporaryDirectory() as folder:
         output = common.run_python(
             common.ROOT / "ppo_classic.py", "--env-id", env_id, "--total-timesteps",
-            TASKS[env_id][4], "--output-dir", folder, "--eval-episodes", 0).stdout
+            TASKS[env_id][4], "--output-dir", folder, "--eval-episodes", 0, cwd=folder).stdout
     return float(re.findall(r"([\d,]+) steps/s", output)[-1].replace(",", ""))
 
 

@@ -74,3 +74,4 @@ def test_ppo_gains_nine_tenths_of_what_can_be_gained(instance, tmp_path):
     found = bandit.report(tmp_path / "run" / "policy", instance, BETA)
     assert found["share"] > 0.9 and found["total_variation"] < 0.35
     assert found["kl"] == pytest.approx(found["kl_optimum"], rel=0.2)
+    assert found["eos"] == pytest.approx(found["eos_optimum"], abs=0.1)

@@ -185,12 +185,11 @@ def test_what_it_says_of_kl_targets_is_what_the_raw_results_say():
 def test_the_tables_of_control_tasks_are_what_the_raw_results_say():
     results = result("classic")
     assert {"cpu", "torch", "gymnasium"} <= set(results["hardware"])
-    figures = {}
+    figures, weights = {}, {}
     for run in results["runs"]:
-        figures.setdefault((run["group"], run["env_id"]), []).append(run.get("last_100"))
-    weights = {}
-    for run in results["runs"]:
-        if run["group"] == "same" and run["flags"] == " --total-timesteps 6144":
+        if run["group"] != "same":
+            figures.setdefault((run["group"], run["env_id"]), []).append(run["last_100"])
+        elif run["flags"] == " --total-timesteps 6144":
             weights.setdefault(run["env_id"], []).append(run["weights"])
     assert len(weights) == 6 and all(x == y for x, y in weights.values())
     for (group, env_id), returns in figures.items():
@@ -202,6 +201,7 @@ def test_the_tables_of_control_tasks_are_what_the_raw_results_say():
 
 def test_what_it_says_of_optima_is_what_the_raw_results_say():
     runs, text = result("optimum")["runs"], " ".join(README.split())
+    assert {"cpu", "torch", "trl"} <= set(result("optimum")["hardware"])
 
     def shares(group, who="ours"):
         """Mean over the seeds, of each instance."""

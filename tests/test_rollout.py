@@ -441,7 +441,7 @@ def test_a_padding_token_that_also_stands_for_unknown_words_ends_no_response(tmp
     assert ppo.encode(policy, [{"prompt": "the", "chosen": " Plot was"}], "chosen").ended.all()
 
 
-def test_templates_may_refuse_empty_answers_but_not_change_letters_functions_get_copies(tmp_path):
+def test_templates_may_refuse_empty_answers_not_change_letters_and_functions_get_copies(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = ("{% for m in messages %}{{ m.content or raise_exception('empty') }}"
                                " [END] {% endfor %}")
