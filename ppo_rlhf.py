@@ -724,9 +724,11 @@ def main(args: Args) -> None:
         final_table(sft, scorer, data, args, log)
     except FloatingPointError as error:
         raise SystemExit(f"ppo_rlhf.py: {log.stage} stopped after {log.number}: {error}.") from None
-    except KeyboardInterrupt:
+    except BaseException as error:  # Ctrl-C, a reward function that fails, a full disk
         print(f"\nstopped; go on after the last checkpoint with --resume {log.run_dir}")
-        raise SystemExit(130) from None
+        if isinstance(error, KeyboardInterrupt):
+            raise SystemExit(130) from None
+        raise
 
 
 # ==================================================================================================

@@ -120,14 +120,15 @@ def test_a_run_that_is_killed_in_each_of_its_stages_ends_the_same():
     assert one.keys() == other.keys() and not [x for x in one if one[x] != other[x]]
 
 
-@pytest.mark.parametrize("iterations", [0, 1, 3, 5])
-def test_after_ctrl_c_the_command_that_is_printed_leads_to_the_same_end(undisturbed, iterations,
-                                                                        capsys):
-    run_dir = Path(f"runs/stopped{iterations}")
+@pytest.mark.parametrize(("iterations", "what", "code"), [
+    *((x, "stop", 130) for x in (0, 1, 3, 5)), (3, ".", 2)])  # "." exists: the function fails
+def test_after_ctrl_c_or_a_failing_judge_the_command_that_is_printed_leads_to_the_same_end(
+        undisturbed, capsys, iterations, what, code):
+    run_dir = Path(f"runs/stopped{iterations}{code}")
     with pytest.raises(SystemExit) as end:
-        start(replace(USUAL, run_name=run_dir.name), iterations)
+        start(replace(USUAL, run_name=run_dir.name), iterations, what)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    assert end.value.code == 130 and len(lines) == iterations
+    assert end.value.code == code and len(lines) == iterations
     command = re.search("--resume .*", capsys.readouterr().out)[0]
     start(parse_args(command.split()))
     assert left(run_dir) == undisturbed
