@@ -1494,7 +1494,8 @@ def try_models(data: Data, args: Args) -> list[Callable]:
                 frame(reward_model.tokenizer, row["prompt"])
         sources += [reward_model] * (not stage_2)
     for side in (data, data.held_out) if stage_2 and own else ():
-        chosen, rejected = ([record for rows in split_rows(side.comparisons, 1000)
+        parts = split_rows(side.comparisons, 1000)
+        chosen, rejected = ([record for rows in tqdm(parts, column, file=sys.stdout, disable=None)
                              for record in decode(policy, encode(policy, rows, column), rows)]
                             for column in ("chosen", "rejected"))
         side.comparisons = [(x, y) for x, y in zip(chosen, rejected, strict=True)
