@@ -78,6 +78,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -344,7 +345,7 @@ class Policy(nn.Module):
         self.eos_ids = end_tokens(lm, tokenizer)
         # Ids without a text have probability 0: output layers are often larger than the vocabulary.
         bias = torch.full((lm.get_output_embeddings().out_features,), -torch.inf)
-        bias[list(tokenizer.get_vocab().values())] = 0.0
+        bias[[x for x in tokenizer.get_vocab().values() if x < len(bias)]] = 0.0
         self.register_buffer("vocab_bias", bias, persistent=False)  # (vocab,), 0 or −inf
 
     def states(self, trunk, ids: Tensor, mask: Tensor, cache=None) -> Tensor:
@@ -972,6 +973,12 @@ def encode_text(tokenizer, text: str) -> list[int]:
     return ids or [tokenizer.eos_token_id]
 
 
+@functools.cache
+def added_ids(tokenizer) -> frozenset[int]:
+    """Ids of tokens such as <end_of_turn>, which takes tokenizers of thousands milliseconds."""
+    return frozenset(tokenizer.added_tokens_decoder)
+
+
 def encode_dialogue(tokenizer, prompt, response: str | None, eos_ids: list) -> tuple[list, list]:
     """Ids of prompt and response, if there is one. The response is what follows the prompt in the
     ids of the whole text, up to its first EOS: one of eos_ids, or the first special token in what
@@ -986,7 +993,7 @@ def encode_dialogue(tokenizer, prompt, response: str | None, eos_ids: list) -> t
     if whole[: len(prompt_ids)] != prompt_ids:
         raise ValueError("the tokens of the whole text do not begin with those of the prompt")
     closing_ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
-    special = [x for x in closing_ids if x in tokenizer.added_tokens_decoder]
+    special = [x for x in closing_ids if x in added_ids(tokenizer)]
     response_ids = [*whole[len(prompt_ids) :], tokenizer.eos_token_id]
     ends = {tokenizer.eos_token_id, *eos_ids, *special[:1]} & {*response_ids}
     return prompt_ids, response_ids[: 1 + min(map(response_ids.index, ends))]
@@ -1255,7 +1262,8 @@ def read_rows(flag: str, name: str, split: str, args: Args) -> list[dict]:
     unread = f"; columns that no model reads: {', '.join(sorted(columns - used))}"
     print(f"data         {len(rows)} of {len(source)} rows of {name} are used{reasons}"
           f"{unread if columns - used else ''}")
-    return [dict.fromkeys(sorted(columns.union(*rows))) | row for row in rows]
+    columns = dict.fromkeys(sorted(columns.union(*rows)))
+    return [columns | row for row in rows]
 
 
 def load_data(args: Args) -> Data:
@@ -1326,13 +1334,14 @@ def load_model(folder: Path | str, kind: str, args: Args, new_head: bool = False
         config.num_labels = 1
     elif kind == "ForSequenceClassification" and config.num_labels != 1:
         raise ValueError(f"it has {config.num_labels} outputs, not one")
-    for name, value in vars(config).items():
-        if re.search("drop|jitter", name) and isinstance(value, float):
-            setattr(config, name, 0.0)  # else old and new log-probabilities would differ
-        if value == "gelu_new":
-            setattr(config, name, "gelu_pytorch_tanh")  # the same function in one kernel
-    if (config.pad_token_id or 0) not in range(text_config.vocab_size):
-        config.pad_token_id = None  # early Llamas have −1
+    for part in (config, text_config):  # the same, but in models that also read images
+        for name, value in vars(part).items():
+            if re.search("drop|jitter", name) and isinstance(value, float):
+                setattr(part, name, 0.0)  # else old and new log-probabilities would differ
+            if value == "gelu_new":
+                setattr(part, name, "gelu_pytorch_tanh")  # the same function in one kernel
+    if (getattr(text_config, "pad_token_id", None) or 0) not in range(text_config.vocab_size):
+        text_config.pad_token_id = None  # early Llamas have −1
     model, info = getattr(transformers, f"AutoModel{kind}").from_pretrained(
         folder, config=config, dtype=torch.float32, output_loading_info=True,
         trust_remote_code=False, use_safetensors=True)  # pickled weights could execute code
@@ -1342,7 +1351,10 @@ def load_model(folder: Path | str, kind: str, args: Args, new_head: bool = False
     context = min(getattr(text_config, name, None) or 10**9
                   for name in ("max_position_embeddings", "max_seq_len"))
     tokenizer.model_max_length = min(context, tokenizer.model_max_length)
-    if max(tokenizer.get_vocab().values()) >= model.get_input_embeddings().num_embeddings:
+    named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    used = {x for name, x in tokenizer.get_vocab().items() if x not in added_ids(tokenizer)
+            or name in named or name in tokenizer.chat_template}
+    if max(used) >= model.get_input_embeddings().num_embeddings:  # Gemma 3 has an unused one more
         raise ValueError("its tokenizer has more tokens than the model")
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -1401,16 +1413,17 @@ def end_tokens(lm, tokenizer) -> list[int]:
     with contextlib.suppress(Exception):  # a template that wants other turns
         ids.add(encode_dialogue(tokenizer, [{"role": "user", "content": "Hi"}], "Hi", [])[1][-1])
     # An id that is an ordinary word is no EOS: some configs keep the default of another model.
-    return sorted({tokenizer.eos_token_id} | (ids & tokenizer.added_tokens_decoder.keys()))
+    return sorted({tokenizer.eos_token_id} | (ids & added_ids(tokenizer)))
 
 
 def load_reward_model(folder: Path | str, args: Args, new_head: bool = False) -> RewardModel:
     """Load a frozen reward model or, with new_head, a trainable one from the SFT model."""
     model, tokenizer = load_model(folder, "ForSequenceClassification", args, new_head)
     if new_head:
-        nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.config.hidden_size + 1))
+        nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
         tokenizer.model_max_length = args.max_prompt_len + args.response_len + 1  # and EOS
-    pad_id = tokenizer.pad_token_id if new_head else model.config.pad_token_id
+    config = model.config.get_text_config()
+    pad_id = tokenizer.pad_token_id if new_head else config.pad_token_id
     if pad_id is None or (new_head and pad_id == tokenizer.eos_token_id):
         # Causal classifiers read the score at the last token that is not PAD. If PAD were EOS, that
         # would be the token before EOS. So they get a PAD that no text contains.
@@ -1418,7 +1431,7 @@ def load_reward_model(folder: Path | str, args: Args, new_head: bool = False) ->
         pad_id = tokenizer.pad_token_id
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
-    tokenizer.pad_token_id = model.config.pad_token_id = pad_id
+    tokenizer.pad_token_id = config.pad_token_id = pad_id
     return RewardModel(model.requires_grad_(new_head), tokenizer, args)
 
 
@@ -1427,8 +1440,11 @@ def load_reward_fn(name: str, args: Args, row: dict) -> Callable:
     which row is one."""
     path, _, function_name = name.rpartition(":")
     sys.path.insert(0, str(Path(path).resolve().parent))  # the file may import its neighbours
-    function, tokenizer = runpy.run_path(path)[function_name], load_tokenizer(args.policy_model)
+    content = runpy.run_path(path, run_name=Path(path).stem)
+    sys.modules[Path(path).stem] = SimpleNamespace(**content)  # process pools look there
+    function, tokenizer = content[function_name], load_tokenizer(args.policy_model)
     torch.set_default_dtype(torch.float32)  # the file may have set another
+    torch.set_default_device(None)
     names = list(inspect.signature(function).parameters)
     if "".join(names).startswith(("completion", "response")):
         raise ValueError("its first two parameters must be prompts and responses, in this order")
@@ -1545,7 +1561,9 @@ def refusing(what: str, remedy: str):
     try:
         yield
     except Exception as error:
-        refuse(True, f"{what} cannot be used ({first_line(error.__cause__ or error)}); {remedy}.")
+        # A cause says more, unless it is the traceback of another process.
+        cause = None if hasattr(error.__cause__, "tb") else error.__cause__
+        refuse(True, f"{what} cannot be used ({first_line(cause or error)}); {remedy}.")
 
 
 def first_line(error: BaseException) -> str:
@@ -1746,9 +1764,12 @@ class RunLog:
     def before_after(self, before: list[dict], after: list[dict]) -> None:
         """Write the responses before and after PPO to a file; print the final table."""
         pairs = list(zip(before, after, strict=True))
-        with open(self.folder / "before_after.jsonl", "w") as file:
+        path = self.folder / "before_after.jsonl"  # a run that has it is finished
+        with open(path.with_suffix(".new"), "w") as file:
             for old, new in pairs:
-                file.write(json.dumps({"prompt": old["prompt"], "sft": old, "ppo": new}) + "\n")
+                row = {"prompt": old["prompt"], "sft": old, "ppo": new}
+                file.write(json.dumps(row, default=str) + "\n")  # str: of a time or an image
+        path.with_suffix(".new").replace(path)
         self.writer.close()
         if not pairs:
             return

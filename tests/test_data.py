@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import fields, replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -138,12 +139,17 @@ def test_pairs_that_are_equal_after_the_cut_are_dropped_and_counted(tiny_args, t
     assert "comparisons  1 of 3 differ" in capsys.readouterr().out
 
 
-def test_chats_train_in_all_three_stages(tiny_args, tmp_path):
-    pair = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
-    pairs = write_rows(tmp_path / "pairs.jsonl", [pair] * 9)
+def test_chats_train_in_all_three_stages_and_may_have_times(tiny_args, tmp_path):
+    import datasets
+
+    asked = [USER | {"content": x, "at": datetime(2026, 12, 1)} for x in "abcd" * 3]
+    rows = [{"chosen": [x, GOOD], "rejected": [x, BAD]} for x in asked]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "pairs.parquet")
     chats = write_rows(tmp_path / "chats.jsonl", [{"messages": [USER, BAD, MORE, GOOD]}] * 9)
-    metrics = run(tiny_args, dataset=pairs, sft_dataset=chats, max_prompt_len=16, eval_prompts=0)
-    assert len(metrics) == 2 and metrics[-1]["ppo/log_ratio_first"] < 1e-5
+    metrics = run(tiny_args, dataset=str(tmp_path / "pairs.parquet"), sft_dataset=chats,
+                  max_prompt_len=16, eval_prompts=4, total_episodes=8)
+    assert metrics[-1]["ppo/log_ratio_first"] < 1e-5
+    assert len((tmp_path / "run/before_after.jsonl").read_text().splitlines()) == 1
 
 
 # Training and evaluation --------------------------------------------------------------------------

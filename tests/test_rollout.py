@@ -455,6 +455,42 @@ def test_templates_may_refuse_empty_answers_not_change_letters_and_functions_get
     assert row["prompt"] == [USER]
 
 
+def test_a_reward_function_may_use_processes_and_an_error_in_them_is_named(tmp_path, capsys):
+    (tmp_path / "pooled.py").write_text(
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "def one(response): return 1 / len(response)\n"
+        "def f(prompts, responses):\n"
+        "    with ProcessPoolExecutor(1) as pool: return list(pool.map(one, responses))\n")
+    scores_of = ppo.load_reward_fn(f"{tmp_path}/pooled.py:f", args_of(), {})
+    assert scores_of([record("a", " b") | {"response_ids": [1]}]).tolist() == [0.5]
+    with pytest.raises(SystemExit):
+        scores_of([record("a", "") | {"response_ids": [1]}])
+    assert "(ZeroDivisionError: division by zero)" in capsys.readouterr().err
+
+
+def test_models_that_also_read_images_and_a_token_that_no_text_has_are_accepted(tmp_path):
+    # As in Gemma 3: settings of the text model in a config of their own, a token without a vector.
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=sizes | {"vocab_size": 16, "num_hidden_layers": 1, "num_key_value_heads": 1,
+                             "head_dim": 8, "attention_dropout": 0.1, "pad_token_id": 0},
+        vision_config=sizes | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4, image_token_index=10, boi_token_index=11, eoi_token_index=12)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<image>"])  # id 16 of 16
+    folder = save(tmp_path, transformers.Gemma3ForConditionalGeneration(config), tokenizer)
+    policy = ppo.load_policy(folder, args_of())
+    assert policy.lm.config.text_config.attention_dropout == 0
+    assert real_ids(ppo.encode(policy, ROWS, "chosen"), 1)[1].tolist() == [13, 1]
+    reward_model = ppo.load_reward_model(folder, args_of(), new_head=True)
+    records = [record(*x) for x in zip(PROMPTS, RESPONSES, [True, True, False], strict=True)]
+    alone = torch.cat([reward_model([x]) for x in records])
+    assert torch.allclose(reward_model(records), alone, atol=1e-5)
+    tokenizer.pad_token = "<image>"  # now it is needed
+    with pytest.raises(ValueError, match="more tokens than the model"):
+        ppo.load_policy(save(tmp_path / "pad", policy.lm, tokenizer), args_of())
+
+
 TRIAL = ppo.Data([{"prompt": [USER]}], [], [], held_out=ppo.Data([], [], []))
 UP = "model.layers.1.mlp.up_proj.weight"
 
