@@ -295,11 +295,8 @@ def test_what_it_says_of_clipping_and_of_a_public_model_is_what_the_raw_results_
     for x in (x for x in result("ablations")["runs"] if x["group"] != "sums"):
         gold = statistics.mean(x["curves"]["rollout/gold"][-10:])
         ends.setdefault((x["group"], x["flags"]), []).append(gold)
-    unclipped, bare = (ends["clip", f"--kl-coef {x} --clip-coef 1e9"] for x in (0.05, 0))
+    unclipped = ends["clip", "--kl-coef 0.05 --clip-coef 1e9"]
     assert f"three seeds end at {min(unclipped):.2f} to {max(unclipped):.2f}" in text
-    hacked = [statistics.mean(x["curves"]["rollout/gold"][-10:])
-              for x in result("reward_hacking")["runs"] if x["kl_coef"] == 0]
-    assert all(x < y for x, y in zip(sorted(bare), sorted(hacked), strict=True))
     more, again = (ends["mitigation", f"--kl-coef 0{x}"] for x in (
         " --num-comparisons 24000", ", second round"))
     assert len(more) == len(again) == 3 and max(more) < -1
@@ -309,10 +306,32 @@ def test_what_it_says_of_clipping_and_of_a_public_model_is_what_the_raw_results_
     right = [(x[0], statistics.mean(x[-10:])) for x in sums]
     assert len(sums) == 3 and "from {:.2f} to {:.2f} right ones in training batches".format(
         *map(statistics.mean, zip(*right, strict=True))) in text
+    held_out = statistics.mean(x["saved_score"] for x in result("ablations")["runs"]
+                               if x["flags"] == "--kl-coef 0, sums")
+    assert f"Held-out sums end at {held_out:.2f}" in text
     runs = [x for x in result("pretrained")["runs"] if x["kl_coef"] == 0.02]
     before, after = (statistics.mean(x["score"][i] for x in runs) for i in (0, 1))
     assert f"rises from {before:.2f} to {after:.2f}." in text and len(runs) == 3
     assert all(x["score"][1] > 0.995 for x in result("pretrained")["runs"] if x["kl_coef"] == 0)
+
+
+def test_what_it_says_of_details_and_the_clip_is_what_the_raw_results_say():
+    found = {}
+    for x in result("engstrom")["runs"]:
+        found.setdefault((x["env_id"], x["objective"], x["variant"]), []).append(x["last_100"])
+    assert len(found) == 4 * 16 and all(len(x) == 3 for x in found.values())
+    returns = {key: statistics.mean(x) for key, x in found.items()}
+    for env_id in ("CartPole-v1", "Acrobot-v1"):  # the clip makes no difference, one detail does
+        assert returns[env_id, "clip", "all on"] == pytest.approx(
+            returns[env_id, "none", "all on"], abs=5)
+        for objective in ("clip", "none"):
+            assert max(found[env_id, objective, "no reward normalisation"]) < min(
+                found[env_id, objective, "all on"]) - 15
+    # On Hopper no run without the clip reaches the mean of all on; on HalfCheetah the mean without
+    # it is not lower, but falls below a half without annealing, which costs nothing with it.
+    assert max(y for (env_id, objective, _), x in found.items() for y in x
+               if (env_id, objective) == ("Hopper-v4", "none")) < returns[
+                   "Hopper-v4", "clip", "all on"]
 
 
 def test_what_it_says_of_throughput_is_what_the_raw_results_say():
