@@ -7,7 +7,7 @@
 The details are value clipping, observation and reward normalisation, orthogonal initialisation and
 learning-rate annealing. Each is switched off alone, then all are off; all of this with the clipped
 objective and with the bare surrogate (--policy-loss none). Then ε of 0.1 and 0.3. A figure is the
-mean return of the last 100 training episodes. 96 runs of half a minute, 96 (MuJoCo) of two to three.
+mean return of the last 100 training episodes. 96 runs of half a minute, 96 (MuJoCo) of two or so.
 """
 
 import classic  # benchmarks/classic.py
