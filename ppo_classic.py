@@ -65,7 +65,7 @@ class Args:
     seed: int = 1  # of environments, weights, sampling and shuffling
     device: Literal["cpu", "cuda"] = "cpu"  # a CPU is faster for networks of this size
     eval_episodes: int = 10  # episodes played after training, always with the likeliest action
-    eval_only: Path | None = None  # folder of a finished run: evaluate its policy, train nothing
+    eval_only: Path | None = None  # folder of a finished run: evaluate it with its own settings
     capture_video: bool = False  # film the evaluation: videos/ in the folder of the run
     output_dir: str = "runs"  # folder of all runs
     run_name: str | None = None  # folder of this run (default: environment, seed, time)
@@ -480,7 +480,7 @@ def make_env(env_id: str, film: bool = False):
             raise TypeError(f"observations {obs}, actions {space}")
         if film:
             env.reset()
-            env.render()
+            len(env.render())  # fails on None, what environments without pictures give
             import moviepy  # noqa: F401  gymnasium's RecordVideo writes with it
     return env
 

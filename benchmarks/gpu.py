@@ -3,14 +3,16 @@
     python benchmarks/gpu.py         # on a machine with a GPU; writes results/gpu.json and gpu.md
     python benchmarks/gpu.py --tiny  # the same at tiny sizes, also on a CPU; writes nothing
 
-default: the default command on the GPU and on the CPU, means over the held-out prompts after PPO.
-large: PPO of a random Llama with the widths of Qwen2-0.5B, 50,000 words, products in bfloat16 and a
-separate critic. trl: the same by trl (benchmarks/requirements.txt). reading: responses that this
-model samples and reads per second; how far its log-probabilities in bfloat16 and in TF32 are from
-those in float32, in nats (a trained model's may be further). The next call repeats what failed.
+default: the default command on the GPU and on the CPU, means over held-out prompts after PPO.
+large: PPO of a random Llama with the widths of Qwen2-0.5B, 50,000 words, in bfloat16, with a
+separate critic. trl: the same by trl, whose update is in bfloat16 and its rollout in TF32. Both
+need 48 GB or more. reading: responses sampled and read per second; how far log-probabilities in
+bfloat16 and in TF32 are from float32's, in nats (a trained model's may be further).
 """
 
+import gc
 import json
+import os
 import random
 import sys
 import tempfile
@@ -42,6 +44,7 @@ def default(device, folder, _):
 
 def large(_, folder, args):
     """PPO of the random model: medians over the iterations, without the first."""
+    ppo_rlhf.save_checkpoint = lambda *_: None  # 12 GB, after what is measured
     ppo_rlhf.main(args)
     rows = common.read_metrics(f"{folder}/run")[1:]
     return {x: round(median(row[x] for row in rows), 3) for x in rows[0] if x.startswith("perf/")}
@@ -49,13 +52,13 @@ def large(_, folder, args):
 
 def trl(device, folder, _):
     """trl's PPOTrainer on the same work."""
-    if GPU:
-        torch.cuda.reset_peak_memory_stats()
+    # accelerate launch sets this; without it trl 1.12 beside transformers 5.23 ignores bf16=True.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     found = throughput.run_trl(Path(folder), {"batch": BATCH, "response_len": LENGTH}, bf16=True,
                                use_cpu=device == "cpu")
-    if GPU:
-        found["gpu_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return {name: round(x, 3) for name, x in found.items()}
+    peak = torch.cuda.max_memory_allocated() if GPU else 0  # the other peaks are not trl's alone
+    return {name: round(found[name], 3) for name in ("episodes_per_s", "optimizer_steps")} | {
+        "gpu_peak_gb": round(peak / 1e9, 3)}
 
 
 @torch.no_grad()
@@ -63,6 +66,7 @@ def reading(_device, _folder, args):
     """Sample a batch, read it in three precisions; the times are those of the second call."""
     policy = ppo_rlhf.load_policy(args.policy_model, args)
     for _ in range(2):
+        torch.set_float32_matmul_precision("high")  # as ppo_rlhf.main does
         times = [time.perf_counter()]
         rollout = ppo_rlhf.collect_rollout(policy, None, ROWS[:BATCH], 1, args)
         times.append(time.perf_counter())
@@ -80,12 +84,26 @@ def reading(_device, _folder, args):
         for part in (torch.max, torch.mean)}
 
 
+def attempt(part, *arguments):
+    """One part, alone on the GPU: an exception would hold the models of its part there."""
+    torch.set_float32_matmul_precision("high")  # as ppo_rlhf.main does; trl reads in it too
+    gc.collect()
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        return part(*arguments)
+    except (Exception, SystemExit) as error:
+        words = f"{type(error).__name__}: {error}"
+    raise RuntimeError(words)
+
+
 def main():
     """All parts, one after the other."""
     parts = {"default": default, "large": large, "trl": trl, "reading": reading}
     devices = ["cuda", "cpu"][not GPU :]
     jobs = [{"part": "default", "device": x} for x in devices]
     jobs += [{"part": name, "device": devices[0]} for name in ("large", "trl", "reading")]
+    jobs = [job | {"gpu": torch.cuda.get_device_name() if GPU else "none"} for job in jobs]
     hidden, inner, layers, heads = (32, 64, 2, 2) if TINY else (896, 4864, 24, 14)
     with tempfile.TemporaryDirectory() as folder:
         if TINY or not GPU:
@@ -101,8 +119,9 @@ def main():
             batch_size=BATCH, minibatch_size=BATCH // 4, max_prompt_len=LENGTH, critic="separate",
             response_len=LENGTH, dtype="bfloat16", output_dir=folder, run_name="run"))
         runs = common.run_missing(
-            "gpu", jobs, ("part", "device"), lambda x: parts[x["part"]](x["device"], folder, args),
-            ("torch", "transformers"), at_once=1)["runs"]
+            "gpu", jobs, ("part", "device", "gpu"),
+            lambda x: attempt(parts[x["part"]], x["device"], folder, args),
+            ("torch", "transformers", "trl", "accelerate"), at_once=1)["runs"]
         common.publish("gpu", [f"- {json.dumps(run)}" for run in runs])
 
 

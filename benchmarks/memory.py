@@ -1,6 +1,6 @@
 """How much memory a run holds: bytes per parameter by flags, and whether 200 iterations leak.
 
-    python benchmarks/memory.py            # 5 minutes; results/memory.json and .md
+    python benchmarks/memory.py            # 15 minutes; results/memory.json and .md
 
 Bytes per parameter: all tensors alive before an optimizer step (weights, gradients, Adam's two
 moments, reference, reward model, critic), over the policy's parameters, with a policy so wide and

@@ -1,20 +1,19 @@
 """Episodes per second and peak memory of PPO: ppo_rlhf.py beside trl's PPOTrainer, and beside its
 own second edition, on the same work.
 
-    python benchmarks/throughput.py               # runs what is missing, one at a time; an hour
-    python benchmarks/throughput.py --editions    # beside the second edition alone; needs no trl
+    python benchmarks/throughput.py            # runs what is missing, one at a time; an hour
+    python benchmarks/throughput.py --table    # the tables, from the committed results
 
-A last word --table makes the tables from the committed results. All train the same random GPT-2 (4
-layers of width 128) with a reward model of the same shape: 64 responses per iteration, 4 epochs of
-4 optimizer steps (counted), 64 rows sampled at a time, 32 + 32 tokens, float32. trl's critic is a
-model of its own; ours is measured as that, and as a head on the policy. The time is what passes
-between the starts of two iterations, everything counted; the figure is its median. Both editions
-also run the default command with 6,400 episodes, all three stages; its whole time counts. Memory is
-the most that the whole process ever held, and what it held when the libraries had been imported.
-Only ratios within one round mean something, on a machine that does nothing else; the order of the
-contestants changes from round to round. Threads: as many as OMP_NUM_THREADS says, else 2. How the
-cost grows: our iteration with longer responses, larger batches, larger vocabularies. Lines: how
-many of ppo_rlhf.py run in an update, and in a whole iteration without the log.
+All train the same random GPT-2 (4 layers of width 128) with a reward model of the same shape: 64
+responses per iteration, 4 epochs of 4 optimizer steps (counted), 64 rows sampled at a time, 32 + 32
+tokens, float32. trl's critic is a model of its own; ours is measured as that, and as a head on the
+policy. The time is what passes between the starts of two iterations, everything counted; the figure
+is its median. Both editions also run the default command with 6,400 episodes, all three stages; its
+whole time counts. Memory is the most that the whole process ever held, and what it held when the
+libraries had been imported. Only ratios within one round mean something, on a machine that does
+nothing else; the order changes from round to round. OMP_NUM_THREADS (else 2) is part of a job; the
+committed runs have 1. Lines: how many of ppo_rlhf.py run in an update, and in a whole iteration
+without the log.
 """
 
 import functools
@@ -31,8 +30,6 @@ import common  # benchmarks/common.py
 SECOND = "8711ab2"  # the last commit of the second edition
 THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))
 SHAPE = {"vocab": 512, "batch": 64, "response_len": 32, "critic": "separate"}
-GROWTH = {"response_len": [32, 128, 512], "batch": [16, 64, 256],
-          "vocab": [512, 4096, 50_257, 150_000]}
 KEYS = (*SHAPE, "episodes", "who", "round", "threads")
 PROMPT_LEN, ITERATIONS = 32, 3
 
@@ -108,10 +105,7 @@ def run_ours(folder, job):
 
     ppo_rlhf.set_learning_rates = start
     ppo_rlhf.main(ppo_rlhf.Args(**our_settings(folder, job)))
-    found, rows = meter.report(job["batch"]), common.read_metrics(folder / "run")
-    for key in ("rollout_s", "score_s", "update_s"):
-        found[key] = median(row[f"perf/{key}"] for row in rows[1:])
-    return found
+    return meter.report(job["batch"])
 
 
 def run_default(folder, job):
@@ -195,25 +189,19 @@ def one_run(job):
 
 
 def jobs():
-    """All contestants in turn, in three rounds; then how our cost grows."""
-    usual, alone = SHAPE | {"threads": THREADS}, "--editions" in sys.argv
+    """All contestants in turn, in three rounds."""
+    usual = SHAPE | {"threads": THREADS}
     for number in (1, 2, 3):
-        contestants = ["ours", "second edition", *["trl"] * (not alone)][:: (-1) ** (number - 1)]
+        contestants = ["ours", "second edition", "trl"][:: (-1) ** (number - 1)]
         for vocab in (512, 50_257):
             for critic in ("separate", "shared"):
                 for who in contestants:
                     if (who, critic) != ("trl", "shared"):  # its critic is always separate
                         yield usual | {"vocab": vocab, "critic": critic, "who": who,
                                        "round": number}
-        for who in contestants:
-            if who != "trl":
-                yield {"episodes": 6400, "who": who, "round": number, "threads": THREADS}
-    if not alone:
-        for name, values in GROWTH.items():
-            for value in values:
-                if value not in (SHAPE[name], 50_257):  # those are among the jobs above
-                    yield usual | {name: value, "who": "ours", "round": 1}
-        yield usual | {"who": "lines", "round": 1}
+        for who in (x for x in contestants if x != "trl"):
+            yield {"episodes": 6400, "who": who, "round": number, "threads": THREADS}
+    yield usual | {"who": "lines", "round": 1}
 
 
 def pick(runs, **chosen):
@@ -243,18 +231,12 @@ def beside(runs, other):
 
 def main():
     """Run what is missing, then the tables."""
-    runs = common.run_missing(
+    runs = pick(common.run_missing(
         "throughput", list(jobs()), KEYS, one_run, ("torch", "transformers", "trl"),
-        ("episodes_per_s", "runs_per_hour", "peak_gb"), at_once=1)["runs"]
-    runs = pick(runs, threads=THREADS)
+        ("episodes_per_s", "runs_per_hour", "peak_gb"), at_once=1)["runs"], threads=THREADS)
     lines = [*beside(runs, "second edition"), "", *beside(runs, "trl"), ""]
-    lines += common.markdown(
-        [*SHAPE, "episodes/s", "rollout s", "score s", "update s", "peak GB"],
-        [[*(x[name] for name in SHAPE), *(f"{x[key]:.2f}" for key in (
-            "episodes_per_s", "rollout_s", "score_s", "update_s", "peak_gb"))]
-         for x in pick(runs, who="ours") if "vocab" in x])
-    lines += ["", *(f"{x['update_lines']} lines of ppo_rlhf.py run in an update, "
-                    f"{x['iteration_lines']} in an iteration." for x in pick(runs, who="lines"))]
+    lines += [f"{x['update_lines']} lines of ppo_rlhf.py run in an update, {x['iteration_lines']} "
+              "in an iteration." for x in pick(runs, who="lines")]
     common.publish("throughput", lines)
 
 

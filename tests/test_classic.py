@@ -87,7 +87,20 @@ class Scripted(Counter):
         return self.obs(), self.script.pop(0), False, False, {}
 
 
-for env_class in (Counter, Sloppy, Staggered, Scripted):
+class Unseen(Counter):
+    """Can be asked for pictures, but gives none."""
+
+    metadata: ClassVar = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        self.render_mode = render_mode
+
+    def render(self):
+        return None
+
+
+for env_class in (Counter, Sloppy, Staggered, Scripted, Unseen):
     gymnasium.register(f"{env_class.__name__}-v0", entry_point=env_class)
 for env_id, space in {
     "Shifted-v0": Discrete(3, start=5), "Pair-v0": MultiDiscrete([2, 2]),
@@ -549,8 +562,9 @@ def test_the_settings_follow_the_action_space_and_flags_override_them():
     ({"env_id": "Pair-v0"}, "with Discrete or one-dimensional real Box actions"),
     ({"seed": -1}, "--seed -1 is out of range; it must be from 0 to"),
     ({"capture_video": True, "eval_episodes": 0}, "--eval-episodes 0 leaves"),
-    ({"capture_video": True, "env_id": "Counter-v0"},
-     "--env-id Counter-v0 with --capture-video cannot be used (TypeError: "),
+    *(({"capture_video": True, "env_id": f"{name}-v0"},
+       f"--env-id {name}-v0 with --capture-video cannot be used (TypeError: ")
+      for name in ("Counter", "Unseen")),
     ({"output_dir": "/proc/x"}, "'/proc/x'); choose another, or another --output-dir"),
     ({"run_name": "taken"}, "--run-name taken cannot be used (FileExistsError"),
     ({"run_name": "../x"}, "--run-name ../x is no folder below --output-dir; choose a plain name"),
