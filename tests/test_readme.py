@@ -179,7 +179,7 @@ def test_what_it_says_of_kl_targets_is_what_the_raw_results_say():
     near = [abs(y) < 0.15 for x, y in off if x >= 0.05]
     assert len(off) == 27 and 6 * sum(near) == 5 * len(near)
     assert "five of six runs end within 15 %" in " ".join(README.split())
-    assert all(y > 0.5 for x, y in off if x < 0.05) and "0.01 all end far above it" in README
+    assert all(y > 0.5 for x, y in off if x < 0.05) and "From 0.01 all end above it" in README
 
 
 def test_the_tables_of_control_tasks_are_what_the_raw_results_say():
