@@ -975,7 +975,7 @@ def encode_text(tokenizer, text: str) -> list[int]:
 
 @functools.cache
 def added_ids(tokenizer) -> frozenset[int]:
-    """Ids of tokens such as <end_of_turn>, which takes tokenizers of thousands milliseconds."""
+    """Ids of added tokens, such as <end_of_turn>. A tokenizer takes milliseconds to list many."""
     return frozenset(tokenizer.added_tokens_decoder)
 
 
@@ -1262,8 +1262,8 @@ def read_rows(flag: str, name: str, split: str, args: Args) -> list[dict]:
     unread = f"; columns that no model reads: {', '.join(sorted(columns - used))}"
     print(f"data         {len(rows)} of {len(source)} rows of {name} are used{reasons}"
           f"{unread if columns - used else ''}")
-    columns = dict.fromkeys(sorted(columns.union(*rows)))
-    return [columns | row for row in rows]
+    empty = dict.fromkeys(sorted(columns.union(*rows)))
+    return [empty | row for row in rows]
 
 
 def load_data(args: Args) -> Data:
@@ -1334,7 +1334,7 @@ def load_model(folder: Path | str, kind: str, args: Args, new_head: bool = False
         config.num_labels = 1
     elif kind == "ForSequenceClassification" and config.num_labels != 1:
         raise ValueError(f"it has {config.num_labels} outputs, not one")
-    for part in (config, text_config):  # the same, but in models that also read images
+    for part in (config, text_config):  # one object, except in models that also read images
         for name, value in vars(part).items():
             if re.search("drop|jitter", name) and isinstance(value, float):
                 setattr(part, name, 0.0)  # else old and new log-probabilities would differ
@@ -1354,7 +1354,7 @@ def load_model(folder: Path | str, kind: str, args: Args, new_head: bool = False
     named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
     used = {x for name, x in tokenizer.get_vocab().items() if x not in added_ids(tokenizer)
             or name in named or name in tokenizer.chat_template}
-    if max(used) >= model.get_input_embeddings().num_embeddings:  # Gemma 3 has an unused one more
+    if max(used) >= model.get_input_embeddings().num_embeddings:  # Gemma 3 has one unused
         raise ValueError("its tokenizer has more tokens than the model")
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -1441,7 +1441,7 @@ def load_reward_fn(name: str, args: Args, row: dict) -> Callable:
     path, _, function_name = name.rpartition(":")
     sys.path.insert(0, str(Path(path).resolve().parent))  # the file may import its neighbours
     content = runpy.run_path(path, run_name=Path(path).stem)
-    sys.modules[Path(path).stem] = SimpleNamespace(**content)  # process pools look there
+    sys.modules[Path(path).stem] = SimpleNamespace(**content)  # where a process pool looks
     function, tokenizer = content[function_name], load_tokenizer(args.policy_model)
     torch.set_default_dtype(torch.float32)  # the file may have set another
     torch.set_default_device(None)

@@ -179,7 +179,10 @@ def test_what_it_says_of_kl_targets_is_what_the_raw_results_say():
     near = [abs(y) < 0.15 for x, y in off if x >= 0.05]
     assert len(off) == 27 and 6 * sum(near) == 5 * len(near)
     assert "five of six runs end within 15 %" in " ".join(README.split())
-    assert all(y > 0.5 for x, y in off if x < 0.05) and "From 0.01 all end above it" in README
+    text, least = " ".join(LONG.split()), min(y for x, y in off if x < 0.05)
+    assert f"{sum(near)} of {len(near)} runs end within 15 % of their target" in text
+    assert f"all lie {100 * least:.0f} % or more above" in text
+    assert least > 0.5 and "From 0.01 all end above it" in README
 
 
 def test_the_tables_of_control_tasks_are_what_the_raw_results_say():
@@ -295,8 +298,11 @@ def test_what_it_says_of_clipping_and_of_a_public_model_is_what_the_raw_results_
     for x in (x for x in result("ablations")["runs"] if x["group"] != "sums"):
         gold = statistics.mean(x["curves"]["rollout/gold"][-10:])
         ends.setdefault((x["group"], x["flags"]), []).append(gold)
-    unclipped = ends["clip", "--kl-coef 0.05 --clip-coef 1e9"]
+    unclipped, bare = (ends["clip", f"--kl-coef {x} --clip-coef 1e9"] for x in (0.05, 0))
     assert f"three seeds end at {min(unclipped):.2f} to {max(unclipped):.2f}" in text
+    hacked = [statistics.mean(x["curves"]["rollout/gold"][-10:])
+              for x in result("reward_hacking")["runs"] if x["kl_coef"] == 0]
+    assert all(x < y for x, y in zip(sorted(bare), sorted(hacked), strict=True))
     more, again = (ends["mitigation", f"--kl-coef 0{x}"] for x in (
         " --num-comparisons 24000", ", second round"))
     assert len(more) == len(again) == 3 and max(more) < -1
